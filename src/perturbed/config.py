@@ -1,0 +1,298 @@
+"""The one strict configuration: every key is declared here, documented here and checked here.
+
+The JSON schema (`config/schema.json`) and the reference page (`docs/configuration.md`) are generated from
+these models by `perturbed config --write`; a test fails when they drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from perturbed.errors import ConfigError, suggest
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+# --- splits -------------------------------------------------------------------------------------------------------
+
+
+class _Split(Section):
+    seed: int = 0
+    """Seed of every draw of the split. Change it to see how much the choice of test set matters."""
+    control_test_fraction: Fraction = 0.5
+    """Share of control cells kept from training, the reference of the disjoint-control scores. 0 gives all controls
+    to training (the paper's choice); the disjoint-control scores are then undefined."""
+    val_fraction: Fraction = 0.1
+    """Share of the remaining training cells, per condition, set aside for early stopping. 0 when a method must see all."""
+    methods: tuple[str, ...] | None = None
+    """Restrict this split to some of the methods of the run; leave out for all."""
+
+
+class HeldoutCells(_Split):
+    """The paper's single test: some cells of well-covered single perturbations are held out."""
+
+    kind: Literal["heldout_cells"]
+    perturbations: tuple[str, ...] | None = None
+    """The held-out perturbations by name; leave out to draw `n_perturbations` of the singles with enough cells."""
+    n_perturbations: int = Field(14, ge=1)
+    """How many single perturbations to draw when none are named."""
+    n_cells: int = Field(96, ge=2)
+    """Cells held out of each."""
+    min_cells: int = Field(800, ge=2)
+    """A single must have more cells than this to be drawn (the paper's 800)."""
+
+
+class UnseenSingle(_Split):
+    """Single perturbations never seen: genes are held out, with every combination that holds one of them."""
+
+    kind: Literal["unseen_single"]
+    folds: int = Field(5, ge=1)
+    """k-fold over the perturbed genes; 1 draws one test set of `test_fraction`."""
+    test_fraction: Fraction = 0.2
+    """Share of genes tested when `folds` is 1."""
+
+
+class UnseenCombo(_Split):
+    """Combinations never seen. `train_fraction` 0 is zero-shot: every combination is tested."""
+
+    kind: Literal["unseen_combo"]
+    folds: int = Field(1, ge=1)
+    """Repetitions with other draws (`scheme` random), or k of the k-fold (`scheme` kfold)."""
+    scheme: Literal["random", "kfold", "gears"] = "random"
+    """`random`: a seeded share of the combinations trains. `kfold`: each combination is tested once. `gears`: genes
+    are held out too, so that combinations with 0, 1 and 2 seen genes occur (subgroups combo_seen0/1/2)."""
+    train_fraction: Fraction = 0.0
+    """Share of combinations in training (`scheme` random); 0 is zero-shot."""
+    test_gene_fraction: Fraction = 0.25
+    """Share of perturbed genes held out (`scheme` gears)."""
+
+
+class Context(_Split):
+    """Transfer across a covariate: in the test contexts only control cells are seen in training."""
+
+    kind: Literal["context"]
+    contexts: Names
+    """The contexts to test, one fold each."""
+
+
+class FromColumn(_Split):
+    """The split another study fixed, read from an `obs` column of the data."""
+
+    kind: Literal["from_column"]
+    column: str
+    """The `obs` column of raw.h5ad that holds the part of each cell; name it in the card's `keys.keep` too."""
+    values: dict[str, str] = Field(default_factory=dict)
+    """Spelling of the column's values as train, val, test or unused, where they differ."""
+
+
+class FromFile(_Split):
+    """A split.csv made before, or by someone else."""
+
+    kind: Literal["from_file"]
+    path: str
+    """The file; `{dataset}` and `{fold}` are filled in."""
+    folds: int = Field(1, ge=1)
+    """Number of files, when `{fold}` stands in the path."""
+
+
+SplitSpec = Annotated[
+    HeldoutCells | UnseenSingle | UnseenCombo | Context | FromColumn | FromFile, Field(discriminator="kind")
+]
+
+
+# --- features, evaluation, statistics -----------------------------------------------------------------------------
+
+
+class FeatureSpec(Section):
+    """Genes, scaling and PCA, from training cells only."""
+
+    n_hvg: int | Literal["all"] = 5000
+    """Highly variable genes kept; `all` keeps every gene, and is what a source that chose its genes already needs."""
+    keep_perturbed: bool = True
+    """Keep perturbed genes among the features even where they vary little."""
+    n_pcs: int = Field(50, ge=2)
+    """Principal components for the distribution metrics and the linear models."""
+    seed: int = 0
+    """Seed of the randomised PCA."""
+
+
+class EvaluationSpec(Section):
+    """What is measured, and how many cells the cell-level metrics use."""
+
+    metrics: Names | Literal["all"] = "all"
+    """Metrics by name; see `docs/metrics.md`."""
+    n_top_de: int = Field(20, ge=1)
+    """Genes in the top-DE versions of the metrics."""
+    max_cells: int = Field(200, ge=2)
+    """Cells per condition, drawn once and seeded, for distribution metrics and differential expression."""
+    min_cells: int = Field(2, ge=1)
+    """A test condition with fewer cells is scored NaN with this reason."""
+    references: bool = True
+    """Score floors and ceilings too (technical and interpolated duplicate, truth, noise-free where simulated)."""
+    n_halves: int = Field(10, ge=1)
+    """Random halves that the technical duplicate averages over."""
+    seed: int = 0
+    """Seed of the cell draws and halves."""
+
+
+class StatisticsSpec(Section):
+    """How the differences are judged. Fix this before looking at the test scores."""
+
+    primary_metric: str = "pearson_delta_pert"
+    """The metric of the primary contrast."""
+    primary_method: str = "perturbedvae"
+    """The method of the primary contrast."""
+    primary_baseline: str = "additive"
+    """The baseline of the primary contrast."""
+    baselines: Names = ("no_change", "mean_effect", "additive")
+    """Every other method is contrasted with each of these."""
+    n_bootstrap: int = Field(2000, ge=100)
+    """Bootstrap draws over perturbations' genes, nested over seeds."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Level of the intervals."""
+    n_strata: int = Field(3, ge=1)
+    """Effect-size strata."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+class RunConfig(Section):
+    """A whole run. `dataset`, `methods`, `splits` and `seeds` span the grid."""
+
+    dataset: Names = ("simulation", "simulation_epistasis")
+    """One or more cards of `config/datasets` by name. Swap it in one word: `snakemake --config dataset=NAME`."""
+    methods: Names = ("no_change", "mean_effect", "additive", "matching_mean", "pca_ridge", "perturbedvae")
+    """Files of `config/methods` by name."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0, 1, 2)
+    """Training seeds; methods without randomness run once."""
+    splits: dict[str, SplitSpec] = Field(default_factory=lambda: {"zero_shot": UnseenCombo(kind="unseen_combo")})
+    """The splits by name."""
+    features: FeatureSpec = FeatureSpec()
+    method_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Hyper-parameters of this run that differ from the method's file, by method."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    statistics: StatisticsSpec = StatisticsSpec()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the torch models train; `auto` takes a GPU where there is one."""
+    threads: int = Field(1, ge=1)
+    """Threads of one training job."""
+    results: str = "results"
+    """Folder of everything that is computed. Give each config its own."""
+    data: str = "data"
+    """Folder of downloads; share it between configs."""
+    mirror: str | None = None
+    """A folder with files downloaded before, looked up by name and hash; for clusters without internet."""
+    allow_unpinned: bool = False
+    """Accept downloads whose hash nobody has pinned yet; their hash is printed for pinning."""
+    cards: Names = ("config/datasets",)
+    """Folders searched for dataset cards, in order; add your own."""
+    method_files: Names = ("config/methods",)
+    """Folders searched for method files, in order; add your own."""
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def parse(model: type[Model], value: Any, where: str) -> Model:
+    """Validate `value` against a section model.
+
+    Raises
+    ------
+    ConfigError
+        One line that names `where`, the key, what is wrong and, for a misspelt key, the nearest valid one.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(_explain(model, item) for item in error.errors())}") from None
+
+
+def _explain(model: type[BaseModel], item: Any) -> str:
+    location = [part for part in item["loc"] if not _is_tag(part)]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {suggest(str(location[-1]), _valid_keys(model, item['loc']))}"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        expected = str(item.get("ctx", {}).get("expected_tags", "")) or "a `kind`"
+        return f"{key}: `kind` must be one of {expected.replace(chr(39), '')}"
+    return f"{key or 'value'}: {item['msg']}"
+
+
+def _is_tag(part: str | int) -> bool:
+    """Pydantic puts a union's tag or branch into the location; a user never wrote it."""
+    return isinstance(part, str) and (part in _KINDS or "[" in part or part in ("tuple", "literal", "str", "int"))
+
+
+_KINDS = {"heldout_cells", "unseen_single", "unseen_combo", "context", "from_column", "from_file"}
+_KINDS |= {"url", "path", "simulation", "census"}
+
+
+def _valid_keys(model: type[BaseModel], location: tuple[str | int, ...]) -> set[str]:
+    """The keys of the section in which the last key of `location` stands."""
+    schema = model.model_json_schema(by_alias=True)
+    definitions = schema.get("$defs", {})
+
+    def resolve(node: dict[str, Any]) -> dict[str, Any]:
+        while "$ref" in node:
+            node = definitions[node["$ref"].rsplit("/", 1)[-1]]
+        return node
+
+    node = resolve(schema)
+    for part in location[:-1]:
+        tags = node.get("discriminator", {}).get("mapping", {})
+        if part in tags:
+            node = resolve({"$ref": tags[part]})
+        elif part in node.get("properties", {}):
+            node = resolve(node["properties"][part])
+        elif isinstance(part, int) and "items" in node:
+            node = resolve(node["items"])
+        elif isinstance(node.get("additionalProperties"), dict):
+            node = resolve(node["additionalProperties"])
+        for branch in node.get("anyOf", []):
+            if resolve(branch).get("type") in ("object", "array"):
+                node = resolve(branch)
+    return set(node.get("properties", {}))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys to values")
+    return value
+
+
+def load_config(value: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """The run's configuration from a mapping, such as Snakemake's `config`."""
+    return parse(RunConfig, dict(value), where)

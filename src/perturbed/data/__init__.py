@@ -1,0 +1,1 @@
+"""From a dataset card to prepared, split and featurised cells."""

@@ -1,0 +1,172 @@
+"""Dataset cards: everything known of a dataset in one YAML file of `config/datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from perturbed.config import Section, parse, read_yaml
+from perturbed.errors import ConfigError, suggest
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+class RemoteFile(Section):
+    """One file to download."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    """Name on disk."""
+    urls: Annotated[Strings, Field(min_length=1)]
+    """Addresses of the same bytes, tried in order."""
+    bytes: int | None = None
+    """Size, where known; a reply of another size is refused."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Preferred hash."""
+    md5: str | None = Field(None, pattern=r"^[0-9a-f]{32}$")
+    """Hash where no sha256 is published."""
+    member: str | None = None
+    """The file wanted inside the archive; leave out where the file is no archive."""
+    member_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Hash of the member, for archives built anew for each request."""
+
+
+class UrlSource(Section):
+    """Files on the web."""
+
+    kind: Literal["url"]
+    files: Annotated[tuple[RemoteFile, ...], Field(min_length=1)]
+    """The files; one h5ad, or a matrix with its tables."""
+
+
+class PathSource(Section):
+    """An h5ad file on this machine."""
+
+    kind: Literal["path"]
+    path: str
+    """Its path, relative to the folder snakemake runs in."""
+
+
+class SimulationSource(Section):
+    """Simulated cells with planted truth."""
+
+    kind: Literal["simulation"]
+    generator: Literal["scm", "epistasis"]
+    """`scm`: PerturbedVAE's own model class. `epistasis`: outside of it."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """The generator's parameters; see `perturbed simulate --help`."""
+    seed: int = 0
+    """Seed of every draw."""
+
+
+Source = Annotated[UrlSource | PathSource | SimulationSource, Field(discriminator="kind")]
+
+
+class Keys(Section):
+    """Where the source keeps what we need."""
+
+    perturbation: str = "perturbation"
+    """`obs` column of the perturbation label."""
+    control: Strings = ("control",)
+    """Labels of control cells (the empty string is allowed)."""
+    delimiter: str = "+"
+    """What joins the genes of a combination in a label."""
+    filler: Strings = ()
+    """Placeholders inside a combination that stand for no gene, such as `ctrl` in `KLF1+ctrl`."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Labels spelt otherwise than their parts say: from the source's spelling to ours."""
+    genes_with_delimiter: Strings = ()
+    """Gene names that hold the delimiter themselves; labels are matched against them first."""
+    counts: str | None = "X"
+    """Where raw counts lie: `X`, the name of a layer, or null where the source has none."""
+    symbol: str | None = None
+    """`var` column of gene symbols; null where `var_names` are symbols."""
+    gene_id: str | None = None
+    """`var` column of stable gene ids; null where there is none."""
+    context: str | None = None
+    """`obs` column of the context (cell type, cell line) for transfer splits."""
+    keep: dict[str, str] = Field(default_factory=dict)
+    """Further `obs` columns to carry along: our name to the source's, such as `batch: gemgroup`."""
+    drop: dict[str, Strings] = Field(default_factory=dict)
+    """Cells to drop: `obs` column to values; a value is dropped where the column equals it."""
+
+
+class Preparation(Section):
+    """Quality control and normalisation, all of it per cell, so that no statistic over all cells is in the file."""
+
+    normalise: Literal["log1p", "none"] = "log1p"
+    """`log1p`: counts to `target_sum` per cell, then log(1+x). `none`: `X` is log-normalised already."""
+    target_sum: float = Field(1e4, gt=0)
+    """Fixed depth of the normalisation."""
+    min_counts: int = Field(0, ge=0)
+    """Cells with fewer counts are dropped."""
+    min_genes: int = Field(0, ge=0)
+    """Cells with fewer detected genes are dropped."""
+    max_mito: float = Field(1.0, ge=0, le=1)
+    """Cells with a larger share of mitochondrial counts are dropped."""
+    min_cells_per_gene: int = Field(0, ge=0)
+    """Genes the source detected in fewer cells are dropped; 0 keeps all, and keeps the file free of test cells' counts."""
+    min_cells_per_perturbation: int = Field(1, ge=1)
+    """Perturbations with fewer cells are dropped."""
+    upstream_genes: bool = False
+    """True where the source chose its genes on all cells; reports then say so."""
+
+
+class Expectations(Section):
+    """What the data must hold after reading, so that a changed file is noticed."""
+
+    n_obs: int | None = None
+    n_vars: int | None = None
+    n_control: int | None = None
+    """Control cells."""
+    n_groups: int | None = None
+    """Distinct canonical perturbations, control included."""
+    n_single: int | None = None
+    n_double: int | None = None
+    values: Literal["counts", "log1p"] | None = None
+    """Kind of the values that `keys.counts` (or `X`) holds."""
+    x_sum: float | None = None
+    """Sum over the whole matrix."""
+    stage: Literal["raw", "prepared"] = "raw"
+    """Whether the cell and gene numbers hold before (`raw`) or after (`prepared`) quality control."""
+
+
+class About(Section):
+    """What a reader of the report should know."""
+
+    title: str = ""
+    organism: str = ""
+    cell_line: str = ""
+    modality: str = ""
+    accession: str = ""
+    doi: str = ""
+    licence: str = ""
+    note: str = ""
+
+
+class Card(Section):
+    """One dataset."""
+
+    source: Source
+    keys: Keys = Keys()
+    prepare: Preparation = Preparation()
+    expect: Expectations = Expectations()
+    about: About = About()
+
+
+def load_card(name: str, folders: Sequence[str | Path]) -> Card:
+    """The card of dataset `name` from the first of `folders` that has it.
+
+    Raises
+    ------
+    ConfigError
+        If no folder has it, or it is wrong.
+    """
+    for folder in folders:
+        path = Path(folder) / f"{name}.yaml"
+        if path.is_file():
+            return parse(Card, read_yaml(path), str(path))
+    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
+    raise ConfigError(f"dataset: no card for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")

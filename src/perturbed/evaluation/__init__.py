@@ -1,0 +1,1 @@
+"""Metrics, their floors and ceilings, leakage checks and statistics."""

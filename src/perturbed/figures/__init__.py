@@ -1,0 +1,1 @@
+"""Figures: read tables, draw, write picture and source data; no computing."""

@@ -1,0 +1,1 @@
+"""Blocks the torch models share."""
