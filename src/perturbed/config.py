@@ -47,6 +47,11 @@ class _Split(Section):
     methods: tuple[str, ...] | None = None
     """Restrict this split to some of the methods of the run; leave out for all."""
 
+    @property
+    def n_folds(self) -> int:
+        """How many folds the split has; known before any data are read."""
+        return int(getattr(self, "folds", 1))
+
 
 class HeldoutCells(_Split):
     """The paper's single test: some cells of well-covered single perturbations are held out."""
@@ -93,6 +98,11 @@ class Context(_Split):
     kind: Literal["context"]
     contexts: Names
     """The contexts to test, one fold each."""
+
+    @property
+    def n_folds(self) -> int:
+        """One fold for each context."""
+        return len(self.contexts)
 
 
 class FromColumn(_Split):

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from perturbed.config import Section, parse, read_yaml
 from perturbed.errors import ConfigError, suggest
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return pattern
+
+
+Patterns = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_pattern)], ...],
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
+]
 
 
 class RemoteFile(Section):
@@ -75,6 +90,9 @@ class Keys(Section):
     """What joins the genes of a combination in a label."""
     filler: Strings = ()
     """Placeholders inside a combination that stand for no gene, such as `ctrl` in `KLF1+ctrl`."""
+    strip: Patterns = ()
+    """Regular expressions whose matches are removed from every label first (`re.sub`), such as the name of the guide's
+    vector in `SPI1_pDS255`; `control`, `rename` and `delimiter` then see what is left."""
     rename: dict[str, str] = Field(default_factory=dict)
     """Labels spelt otherwise than their parts say: from the source's spelling to ours."""
     genes_with_delimiter: Strings = ()
@@ -90,7 +108,14 @@ class Keys(Section):
     keep: dict[str, str] = Field(default_factory=dict)
     """Further `obs` columns to carry along: our name to the source's, such as `batch: gemgroup`."""
     drop: dict[str, Strings] = Field(default_factory=dict)
-    """Cells to drop: `obs` column to values; a value is dropped where the column equals it."""
+    """Cells to drop: `obs` column to values; a cell is dropped where the column, as the source spells it, equals one.
+    The empty string stands for a missing value too."""
+    drop_matching: dict[str, Patterns] = Field(default_factory=dict)
+    """Cells to drop by pattern: `obs` column to regular expressions; a cell is dropped where one of them matches the
+    whole value (`re.fullmatch`). For columns whose values are only known in part."""
+    drop_genes: Patterns = ()
+    """Features that are no genes, such as guide barcodes counted with them, which would give the label away: regular
+    expressions that match the whole of a `var_names` entry (`re.fullmatch`). Dropped before depth is computed."""
 
 
 class Preparation(Section):
@@ -119,6 +144,10 @@ class Expectations(Section):
 
     n_obs: int | None = None
     n_vars: int | None = None
+    n_kept: int | None = None
+    """Cells left after `keys.drop` and `keys.drop_matching`, before quality control."""
+    n_genes: int | None = None
+    """Genes left after `keys.drop_genes`, before quality control."""
     n_control: int | None = None
     """Control cells."""
     n_groups: int | None = None

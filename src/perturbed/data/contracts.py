@@ -68,7 +68,9 @@ def check_prepared(adata: AnnData, path: str | Path) -> None:
     DataError
         Names the file, the breach and the mend.
     """
-    problems = [f"obs[{key!r}] is missing" for key in ("perturbation", "n_perturbed", "context") if key not in adata.obs]
+    problems = [
+        f"obs[{key!r}] is missing" for key in ("perturbation", "n_perturbed", "context") if key not in adata.obs
+    ]
     problems += [f"var[{key!r}] is missing" for key in ("gene_id", "symbol") if key not in adata.var]
     problems += ["cell names repeat"] * (not adata.obs_names.is_unique)
     problems += ["gene names repeat"] * (not adata.var_names.is_unique)
@@ -116,7 +118,9 @@ def read_table(path: str | Path, **read_csv: Any) -> tuple[pd.DataFrame, dict[st
     try:
         header = {key: json.loads(value) for key, value in (line[2:].split(": ", 1) for line in lines[:n_header])}
     except ValueError:
-        raise DataError(f"{path}: its header cannot be read; delete the file and rerun the stage that makes it") from None
+        raise DataError(
+            f"{path}: its header cannot be read; delete the file and rerun the stage that makes it"
+        ) from None
     body = "".join(lines[n_header:])
     if header.get("sha256") != sha256_text(body):
         raise DataError(f"{path}: its sha256 does not match its content; delete it and rerun the stage that makes it")
@@ -324,7 +328,14 @@ def _check_prediction(adata: AnnData, path: str | Path) -> None:
 def write_scores(path: str | Path, scores: pd.DataFrame) -> None:
     """Write the long table of scores, sorted by its keys."""
     table = scores.loc[:, list(SCORE_COLUMNS)].sort_values(list(SCORE_COLUMNS[:8]) + ["metric"], kind="stable")
-    types = {"fold": int, "seed": int, "n_cells": int, "effect_size": float, "value": float, "reason": "string"}
+    types: dict[str, Any] = {
+        "fold": int,
+        "seed": int,
+        "n_cells": int,
+        "effect_size": float,
+        "value": float,
+        "reason": "string",
+    }
     with atomic(path) as part:
         table.reset_index(drop=True).astype(types).to_parquet(part, index=False)
 

@@ -12,19 +12,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
 from scipy import sparse
 
-from perturbed.config import Section, parse, read_yaml
+from perturbed.config import Section, parse
 from perturbed.data.contracts import Prediction
-from perturbed.errors import ConfigError, DataError, MethodError, UnseenPerturbationError, suggest
+from perturbed.errors import ConfigError, DataError, MethodError, UnseenPerturbationError
 from perturbed.files import atomic, write_json
+from perturbed.models.spec import MethodSpec, load_method_spec
 from perturbed.names import CONTROL, genes_of
+
+__all__ = [
+    "FitRun",
+    "Method",
+    "MethodSpec",
+    "TrainingData",
+    "build",
+    "load_method_spec",
+    "load_model",
+    "method_class",
+    "require_seen",
+    "save_model",
+]
 
 
 @dataclass(frozen=True)
@@ -81,25 +94,6 @@ class FitRun:
     history: Callable[[Mapping[str, float]], None] | None = None
     """Called once an epoch with the terms of the loss."""
     progress: bool = True
-
-
-class MethodSpec(Section):
-    """One file of `config/methods`."""
-
-    title: str
-    """Name in tables and figures."""
-    implementation: str
-    """`module:Class` of the method, such as `perturbed.models.baselines:Additive`."""
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Hyper-parameters; the class's `Params` lists them all."""
-    resources: Literal["cpu", "gpu"] = "cpu"
-    """Class of machine it wants; profiles say what that means."""
-    mem_mb: int = 4000
-    """Memory of a fit on a data set of ordinary size."""
-    runtime: int = 60
-    """Minutes a fit may take."""
-    reference: str = ""
-    """Where the method was published."""
 
 
 class Method(ABC):
@@ -186,16 +180,6 @@ class Method(ABC):
             cells=tuple(values["cells"] for *_, values in done) if has["cells"] else None,
             refused=refused,
         )
-
-
-def load_method_spec(name: str, folders: Sequence[str | Path]) -> MethodSpec:
-    """The file of method `name` from the first of `folders` that has it."""
-    for folder in folders:
-        path = Path(folder) / f"{name}.yaml"
-        if path.is_file():
-            return parse(MethodSpec, read_yaml(path), str(path))
-    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
-    raise ConfigError(f"methods: no file for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")
 
 
 def method_class(spec: MethodSpec) -> type[Method]:

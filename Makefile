@@ -1,0 +1,29 @@
+# `make run`: environment, embedded default, report. `make test`: every test that needs no root.
+# Everything else is plain `snakemake` and `perturbed` in the environment (.venv).
+.PHONY: run test lint reference clean
+SHELL := /bin/bash
+RUN = PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+run: .venv/core
+	@$(RUN) snakemake --profile profiles/local demo
+	@echo "Report: $(CURDIR)/results/demo/report.html"
+
+test: .venv/dev
+	@$(RUN) pytest $(PYTEST)
+
+lint: .venv/dev
+	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
+	@$(RUN) snakefmt --check Snakefile workflow && $(RUN) snakemake --lint
+
+# Schema and reference pages, written from the code.
+reference: .venv/dev
+	@$(RUN) perturbed config --write
+
+.venv/core: envs/core.lock pyproject.toml envs/install.sh
+	@envs/install.sh core
+
+.venv/dev: envs/dev.lock pyproject.toml envs/install.sh
+	@envs/install.sh dev
+
+clean:
+	rm -rf .venv .snakemake results/demo data/simulation data/simulation_epistasis

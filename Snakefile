@@ -1,0 +1,57 @@
+# Cells to figures. `snakemake` runs config/config.yaml; see README.md and docs/architecture.md.
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+# A config given on the command line stands alone: laid over the default, its splits would be added to the default's.
+if not workflow.config_settings.configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/splits.smk"
+include: "workflow/rules/methods.smk"
+include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/report.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+localrules:
+    all,
+    demo,
+    benchmark,
+    figures,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.report.output.html,
+    message:
+        "Everything that this configuration asks for"
+
+
+rule demo:
+    input:
+        rules.report.output.html,
+    message:
+        "The embedded default, end to end: what `make run` builds"
+
+
+rule benchmark:
+    input:
+        rules.summarise.output.tables,
+    message:
+        "Scores, summary and contrasts"
+
+
+rule figures:
+    input:
+        plan.figure_files(),
+    message:
+        "Every figure of this configuration"

@@ -1,0 +1,373 @@
+"""`perturbed VERB`: one verb per stage; `perturbed VERB --help` says what each reads and writes.
+
+Each verb is a thin door: it reads its options, calls one function of the package and leaves a provenance record
+beside its output. Imports are inside the verbs, because a run starts hundreds of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+import typer.core
+import yaml
+
+from perturbed.errors import ConfigError, PerturbedError
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Shows an error that a user can mend as one line on stderr, with exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except PerturbedError as error:
+            line, code = str(error), 1
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            line, code = f"{where}{os.strerror(error.errno) if error.errno else error}", 1
+        except KeyboardInterrupt:
+            line, code = "interrupted; nothing half-written is left, run the same command again", 130
+        typer.echo(f"perturbed: {line}", err=True)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    name="perturbed",
+    help="Predict single-cell perturbations, and ask trained decoders what they know of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+Out = Annotated[Path, typer.Option("--out", help="File or folder to write, whole or not at all.")]
+Prepared = Annotated[Path, typer.Option(help="prepared.h5ad")]
+SplitFile = Annotated[Path, typer.Option("--split", help="split.csv")]
+FeatureFile = Annotated[Path, typer.Option("--features", help="features.csv")]
+CardOption = Annotated[str, typer.Option("--card", help="Dataset card: YAML or JSON text, or a file.")]
+Dataset = Annotated[str, typer.Option(help="Name of the dataset.")]
+Spec = Annotated[str, typer.Option("--spec", help="The stage's section of the config: YAML or JSON text, or a file.")]
+
+
+def read_option(text: str, name: str) -> dict[str, Any]:
+    """A mapping given as YAML or JSON text, or as the path of a YAML file."""
+    from perturbed.config import read_yaml
+
+    if "\n" not in text and not text.lstrip().startswith("{") and text.strip():
+        return read_yaml(text)
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML or JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: must hold a mapping of keys to values")
+    return value
+
+
+def _split_spec(text: str) -> Any:
+    from pydantic import RootModel
+
+    from perturbed.config import SplitSpec, parse
+
+    return parse(RootModel[SplitSpec], read_option(text, "--spec"), "--spec").root
+
+
+def _card(text: str) -> Any:
+    from perturbed.config import parse
+    from perturbed.data.cards import Card
+
+    return parse(Card, read_option(text, "--card"), "--card")
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fetch(
+    dataset: Dataset,
+    card: CardOption,
+    out: Out,
+    data_dir: Annotated[Path, typer.Option(help="Folder that keeps the downloads.")] = Path("data"),
+    mirror: Annotated[Path | None, typer.Option(help="Folder looked in first, by name and hash.")] = None,
+    allow_unpinned: Annotated[bool, typer.Option(help="Accept files whose hash nobody has pinned.")] = False,
+) -> None:
+    """Get a dataset's files, check size and hash, and write raw.h5ad with values untouched."""
+    from perturbed.data.fetch import fetch as run
+    from perturbed.provenance import recorded
+
+    parsed = _card(card)
+    with recorded("fetch", out, {}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
+        run(parsed, dataset, out, data_dir=data_dir, mirror=mirror, allow_unpinned=allow_unpinned)
+
+
+@app.command()
+def mirror(
+    out: Annotated[Path, typer.Option("--dir", help="Folder to fill.")],
+    config: Annotated[Path, typer.Option(help="The run whose files are wanted.")] = Path("config/config.yaml"),
+    allow_unpinned: Annotated[bool, typer.Option(help="Accept files whose hash nobody has pinned.")] = False,
+) -> None:
+    """Collect every file that a config needs in one folder, for a machine without internet (`mirror:` there)."""
+    from perturbed.config import read_yaml
+    from perturbed.data.fetch import mirror_files
+    from perturbed.plan import Plan
+
+    mirror_files(Plan(read_yaml(config)).cards, out, allow_unpinned=allow_unpinned)
+
+
+@app.command()
+def simulate(
+    dataset: Dataset,
+    card: CardOption,
+    out: Out,
+    truth: Annotated[Path, typer.Option(help="Where the planted truth is written.")],
+) -> None:
+    """Simulate Perturb-seq with planted truth: raw.h5ad, and truth.h5ad with the noise-free expression."""
+    from perturbed.data.cards import SimulationSource
+    from perturbed.data.simulate import write_simulation
+    from perturbed.provenance import recorded
+
+    parsed = _card(card)
+    if not isinstance(parsed.source, SimulationSource):
+        raise ConfigError(f"--card: source.kind of {dataset} is {parsed.source.kind!r}, not simulation; use `fetch`")
+    with recorded("simulate", out, {}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
+        write_simulation(parsed.source, dataset, out, truth)
+
+
+@app.command()
+def prepare(
+    dataset: Dataset,
+    raw: Annotated[Path, typer.Option(help="raw.h5ad")],
+    card: CardOption,
+    out: Out,
+) -> None:
+    """Canonical names, quality control and fixed-target normalisation: prepared.h5ad, free of any split."""
+    from perturbed.data.contracts import check_prepared, write_h5ad
+    from perturbed.data.prepare import prepare as run
+    from perturbed.provenance import recorded
+
+    parsed = _card(card)
+    with recorded("prepare", out, {"raw": raw}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
+        adata = run(raw, parsed, dataset)
+        check_prepared(adata, out)
+        write_h5ad(out, adata)
+
+
+@app.command()
+def split(
+    dataset: Dataset,
+    name: Annotated[str, typer.Option(help="Name of the split.")],
+    prepared: Prepared,
+    spec: Spec,
+    out: Out,
+    fold: Annotated[int, typer.Option(help="Fold, from 0.", min=0)] = 0,
+) -> None:
+    """Freeze which cells train, validate and test: split.csv with seed and hash."""
+    from perturbed.data.contracts import read_prepared, write_split
+    from perturbed.data.split import make_split
+    from perturbed.provenance import recorded
+
+    parsed = _split_spec(spec)
+    with recorded("split", out, {"prepared": prepared}, {"spec": parsed.model_dump(mode="json"), "fold": fold}):
+        obs = read_prepared(prepared, backed=True).obs
+        write_split(out, make_split(obs, parsed, fold, dataset=dataset, name=name))
+
+
+@app.command()
+def features(prepared: Prepared, split: SplitFile, spec: Spec, out: Out) -> None:
+    """Genes, scaling and PCA of a split, from its training cells only: features.csv."""
+    from perturbed.config import FeatureSpec, parse
+    from perturbed.data.contracts import read_prepared, read_split, write_features
+    from perturbed.data.features import compute_features
+    from perturbed.provenance import recorded
+
+    parsed = parse(FeatureSpec, read_option(spec, "--spec"), "--spec")
+    with recorded("features", out, {"prepared": prepared, "split": split}, {"spec": parsed.model_dump(mode="json")}):
+        write_features(out, compute_features(read_prepared(prepared, backed=True), read_split(split), parsed))
+
+
+@app.command("check-leakage")
+def check_leakage(prepared: Prepared, split: SplitFile, features: FeatureFile, out: Out) -> None:
+    """Prove that nothing of the test cells reaches training, or fail with the offending names: leakage.json."""
+    from perturbed.data.contracts import read_features, read_prepared, read_split
+    from perturbed.evaluation.leakage import check_leakage as run
+    from perturbed.files import write_json
+    from perturbed.provenance import recorded
+
+    with recorded("check-leakage", out, {"prepared": prepared, "split": split, "features": features}, {}):
+        result = run(read_prepared(prepared, backed=True), read_split(split), read_features(features))
+        write_json(out, result)
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fit(
+    prepared: Prepared,
+    split: SplitFile,
+    features: FeatureFile,
+    method: Annotated[str, typer.Option(help="Method: a file of config/methods, or its content as JSON.")],
+    out: Out,
+    leakage: Annotated[Path | None, typer.Option(help="leakage.json of this split; refused if of another.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every draw of the training.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
+    history: Annotated[Path | None, typer.Option(help="Where the loss by epoch goes (csv).")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Last checkpoint, to resume exactly from.")] = None,
+) -> None:
+    """Fit one method on the training cells of one split: model/ with config.json and state.pt."""
+    from perturbed.models.fitting import fit_model
+    from perturbed.provenance import recorded
+
+    inputs = {"prepared": prepared, "split": split, "features": features, "leakage": leakage}
+    spec = read_option(method, "--method")
+    with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:
+        record["device"] = fit_model(
+            spec, prepared, split, features, out,
+            leakage=leakage, seed=seed, device=device, threads=threads, history=history, checkpoint=checkpoint,
+        )  # fmt: skip
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option(help="model/ of `perturbed fit`.")],
+    split: SplitFile,
+    prepared: Prepared,
+    out: Out,
+    method: Annotated[str, typer.Option(help="Name of the method in the tables.")],
+    seed: Annotated[int, typer.Option(help="Seed of sampled cells.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
+) -> None:
+    """Predict every test perturbation of a split: prediction.h5ad, one row per perturbation and context."""
+    from perturbed.models.fitting import predict_split
+    from perturbed.provenance import recorded
+
+    with recorded("predict", out, {"prepared": prepared, "split": split}, {"model": str(model), "seed": seed}):
+        predict_split(model, prepared, split, out, method=method, seed=seed, threads=threads)
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    truth: Annotated[Path, typer.Option(help="prepared.h5ad, which holds the test cells.")],
+    split: SplitFile,
+    prediction: Annotated[Path | None, typer.Option(help="prediction.h5ad, ours or your own.")] = None,
+    references: Annotated[bool, typer.Option(help="Score floors and ceilings instead of a prediction.")] = False,
+    features: Annotated[Path | None, typer.Option(help="features.csv; all genes without it.")] = None,
+    noise_free: Annotated[Path | None, typer.Option(help="truth.h5ad of a simulation, for the references.")] = None,
+    out: Out = Path("scores.parquet"),
+    spec: Spec = "{}",
+    method: Annotated[str | None, typer.Option(help="Name in the table, if the prediction has none.")] = None,
+    details: Annotated[Path | None, typer.Option(help="Folder for the figures' deltas.parquet, embedding.csv.")] = None,
+) -> None:
+    """Score a prediction, ours or your own, against the test cells: scores.parquet, a long table.
+
+    Your own file needs log-normalised means in X, gene names in var_names (any order, extra genes are ignored) and
+    obs["perturbation"]; add obs["context"] where the data have contexts.
+    """
+    from perturbed.config import EvaluationSpec, parse
+    from perturbed.data.contracts import write_scores
+    from perturbed.evaluation.evaluate import evaluate as score
+    from perturbed.evaluation.evaluate import write_details
+    from perturbed.evaluation.references import score_references
+    from perturbed.provenance import recorded
+
+    if references == (prediction is not None):
+        raise ConfigError("evaluate: give either --prediction FILE or --references")
+    parsed = parse(EvaluationSpec, read_option(spec, "--spec"), "--spec")
+    inputs = {"truth": truth, "split": split, "prediction": prediction, "features": features, "noise_free": noise_free}
+    with recorded("evaluate", out, inputs, {"spec": parsed.model_dump(mode="json")}):
+        if prediction is None:
+            write_scores(out, score_references(truth, split, features, parsed, truth=noise_free))
+            return
+        write_scores(out, score(truth, split, prediction, parsed, features=features, method=method))
+        if details is not None:
+            write_details(truth, split, prediction, features, details)
+
+
+@app.command()
+def summarise(
+    scores: Annotated[list[Path], typer.Argument(help="scores.parquet files, references included.")],
+    out: Out,
+    spec: Spec = "{}",
+) -> None:
+    """Merge scores and judge the differences: summary, contrasts, strata, calibration and undefined scores."""
+    from perturbed.config import StatisticsSpec, parse
+    from perturbed.evaluation.summarise import summarise as run
+    from perturbed.provenance import recorded
+
+    parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
+    with recorded("summarise", out, {}, {"spec": parsed.model_dump(mode="json"), "n_files": len(scores)}):
+        run(scores, parsed, out)
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="Which figure.")],
+    out: Annotated[Path, typer.Option("--out", help="Path without suffix; .svg, .png and .csv are written.")],
+    tables: Annotated[Path | None, typer.Option(help="Folder of `perturbed summarise`.")] = None,
+    details: Annotated[list[Path] | None, typer.Option(help="Files of `evaluate --details` or training.csv.")] = None,
+    dataset: Annotated[str, typer.Option(help="Dataset to draw.")] = "",
+    split: Annotated[str, typer.Option("--split-name", help="Split to draw.")] = "",
+    spec: Spec = "{}",
+    titles: Annotated[str, typer.Option(help="Method titles as a mapping.")] = "{}",
+) -> None:
+    """Draw a figure from tables: svg, png and the source data as csv."""
+    from perturbed.config import StatisticsSpec, parse
+    from perturbed.figures import FigureInputs, draw_figure
+
+    parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
+    inputs = FigureInputs.from_files(tables, details or [])
+    titles_read = read_option(titles, "--titles")
+    draw_figure(name, inputs, out, dataset=dataset, split=split, spec=parsed, titles=titles_read)
+
+
+# --- the house ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def config(
+    write: Annotated[bool, typer.Option(help="Write schema and reference pages from the code.")] = False,
+    resolve: Annotated[str | None, typer.Option(help="Resolve this config (text or file), defaults filled in.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the resolved config goes.")] = Path("config.yaml"),
+) -> None:
+    """Check and resolve a configuration, or write its schema and the generated reference pages."""
+    from perturbed.files import write_text
+    from perturbed.plan import Plan
+    from perturbed.reference import write_reference
+
+    if write:
+        for path in write_reference(Path()):
+            typer.echo(path)
+    if resolve is not None:
+        resolved = Plan(read_option(resolve, "--resolve")).config.model_dump(mode="json")
+        write_text(out, yaml.safe_dump(resolved, sort_keys=False))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)
+    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite end must clean up as Ctrl-C does
+    app()
+
+
+if __name__ == "__main__":
+    main()

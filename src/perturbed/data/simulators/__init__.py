@@ -1,0 +1,1 @@
+"""Generators of Perturb-seq cells with planted truth."""

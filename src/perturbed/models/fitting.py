@@ -1,0 +1,120 @@
+"""The stages `fit` and `predict`: a method between the files of the pipeline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from perturbed.config import parse
+from perturbed.data.contracts import read_prepared, read_split, write_prediction
+from perturbed.errors import LeakageError, MethodError
+from perturbed.files import atomic
+from perturbed.models.base import FitRun, MethodSpec, build, load_model, save_model
+from perturbed.models.inputs import load_training_data
+from perturbed.names import CONTROL
+
+log = logging.getLogger(__name__)
+
+
+def fit_model(
+    spec: Mapping[str, Any],
+    prepared: Path,
+    split: Path,
+    features: Path,
+    out: Path,
+    *,
+    leakage: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int = 1,
+    history: Path | None = None,
+    checkpoint: Path | None = None,
+) -> str:
+    """Fit a method and save it; return the device it trained on.
+
+    Raises
+    ------
+    LeakageError
+        If `leakage` is of another split.
+    MethodError
+        If the method cannot run on these data.
+    """
+    method_spec = parse(MethodSpec, spec, "--method")
+    method = build(method_spec)
+    header = read_split(split).header
+    _check_leakage_file(leakage, header)
+    where = _seed_everything(seed, device, threads)
+    data = load_training_data(prepared, split, features)
+    method.check(data)
+    rows: list[dict[str, float]] = []
+    run = FitRun(seed=seed, device=where, checkpoint=checkpoint, history=lambda row: rows.append(dict(row)))
+    method.fit(data, run)
+    meta = {key: header.get(key) for key in ("dataset", "split", "fold", "sha256")}
+    if history is not None:
+        _write_history(history, rows, {**meta, "seed": seed})
+    save_model(out, method, method_spec, {**meta, "seed": seed})
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return where
+
+
+def predict_split(
+    model: Path, prepared: Path, split: Path, out: Path, *, method: str, seed: int = 0, threads: int = 1
+) -> None:
+    """Predict every test perturbation of a split; of the test cells only the names of their conditions are read."""
+    _seed_everything(seed, "cpu", threads)
+    frozen = read_split(split)
+    test = frozen.table[(frozen.table["part"] == "test") & (frozen.table["perturbation"] != CONTROL)]
+    context = read_prepared(prepared, backed=True).obs["context"].astype(str)
+    pairs = pd.DataFrame({"perturbation": test["perturbation"], "context": context.reindex(test.index)})
+    targets = sorted(set(map(tuple, pairs.to_numpy())))
+    prediction = load_model(model).predict(targets, seed=seed)
+    for name, reason in sorted(prediction.refused.items()):
+        log.info("not predicted: %s (%s)", name, reason)
+    header = frozen.header
+    meta = {key: header[key] for key in ("dataset", "split", "fold") if key in header}
+    meta |= {"method": method, "seed": seed, "split_sha256": header.get("sha256")}
+    write_prediction(out, replace(prediction, meta=meta))
+
+
+def _check_leakage_file(leakage: Path | None, header: Mapping[str, Any]) -> None:
+    if leakage is None:
+        return
+    try:
+        known = json.loads(leakage.read_text()).get("split_sha256")
+    except (OSError, ValueError):
+        raise LeakageError(f"{leakage}: cannot be read; make it with `perturbed check-leakage`") from None
+    if known != header.get("sha256"):
+        raise LeakageError(f"{leakage}: proves another split than this one; rerun `perturbed check-leakage`")
+
+
+def _seed_everything(seed: int, device: str, threads: int) -> str:
+    """Seed the global generators too, in case a library draws from them; return the device to use."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MethodError("device: cuda was asked for but torch finds no GPU; use `device: auto` or cpu")
+    return device
+
+
+def _write_history(path: Path, rows: list[dict[str, float]], meta: Mapping[str, Any]) -> None:
+    """Write the loss terms by epoch as a long table; empty but with its header for methods that do not train."""
+    long = [(row["epoch"], term, value) for row in rows for term, value in row.items() if term != "epoch"]
+    table = pd.DataFrame(long, columns=["epoch", "term", "value"]).astype({"epoch": int})
+    for key in ("seed", "fold", "split", "dataset"):
+        table.insert(0, key, meta.get(key))
+    with atomic(path) as part:
+        table.to_csv(part, index=False, float_format="%.9g", lineterminator="\n")

@@ -1,0 +1,43 @@
+"""Method files: what the planner must know of a method, read without importing its code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from perturbed.config import Section, parse, read_yaml
+from perturbed.errors import ConfigError, suggest
+
+
+class MethodSpec(Section):
+    """One file of `config/methods`."""
+
+    title: str
+    """Name in tables and figures."""
+    implementation: str
+    """`module:Class` of the method, such as `perturbed.models.baselines:Additive`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Hyper-parameters; the class's `Params` lists them all."""
+    stochastic: bool = False
+    """True where another seed gives another fit; a method without randomness runs for the first seed only."""
+    resources: Literal["cpu", "gpu"] = "cpu"
+    """Class of machine it wants; profiles say what that means."""
+    mem_mb: int = 4000
+    """Memory of a fit on a data set of ordinary size."""
+    runtime: int = 60
+    """Minutes a fit may take."""
+    reference: str = ""
+    """Where the method was published."""
+
+
+def load_method_spec(name: str, folders: Sequence[str | Path]) -> MethodSpec:
+    """The file of method `name` from the first of `folders` that has it."""
+    for folder in folders:
+        path = Path(folder) / f"{name}.yaml"
+        if path.is_file():
+            return parse(MethodSpec, read_yaml(path), str(path))
+    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
+    raise ConfigError(f"methods: no file for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")

@@ -1,0 +1,233 @@
+"""What a run consists of: the grid of jobs, the files they make and the slice of the configuration each depends on.
+
+Snakemake asks here for targets and `params`; nothing in this module computes or reads data. A rule's parameters are
+exactly the slice it uses, as JSON, so that one changed key reruns only what depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from perturbed.config import RunConfig, load_config
+from perturbed.data.cards import Card, SimulationSource, load_card
+from perturbed.errors import ConfigError, suggest
+from perturbed.models.spec import MethodSpec, load_method_spec
+
+RUN_FIGURES = ("overview", "calibration")
+"""Figures of the whole run."""
+SPLIT_FIGURES = ("contrasts", "strata", "scatter", "hardest_easiest", "embedding", "training_curves")
+"""Figures drawn for each dataset and split."""
+
+
+def as_json(value: Any) -> str:
+    """Compact JSON with sorted keys: equal slices are equal strings."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of the grid."""
+
+    dataset: str
+    split: str
+    fold: int
+    method: str
+    seed: int
+
+
+class Plan:
+    """A validated run.
+
+    Parameters
+    ----------
+    config
+        The configuration as a mapping, such as Snakemake's `config`.
+
+    Raises
+    ------
+    ConfigError
+        If a key, dataset, method or metric is unknown or a value is wrong; always one line.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config: RunConfig = load_config(config)
+        self.cards: dict[str, Card] = {name: load_card(name, self.config.cards) for name in self.config.dataset}
+        self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in self.config.methods}
+        self._check_names()
+
+    def _method(self, name: str) -> MethodSpec:
+        spec = load_method_spec(name, self.config.method_files)
+        overrides = self.config.method_params.get(name, {})
+        return spec.model_copy(update={"params": {**spec.params, **overrides}})
+
+    def _check_names(self) -> None:
+        config, run = self.config, set(self.config.methods)
+        known = {*run, *(path.stem for folder in config.method_files for path in Path(folder).glob("*.yaml"))}
+        named = {"method_params": config.method_params, "statistics.baselines": config.statistics.baselines}
+        named |= {f"splits.{name}.methods": spec.methods or () for name, spec in config.splits.items()}
+        for key, names in named.items():
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"config: {key}: no method {name!r}; {suggest(name, known)}")
+        for key in ("primary_method", "primary_baseline"):
+            name = getattr(config.statistics, key)
+            if name not in known:
+                raise ConfigError(f"config: statistics.{key}: no method {name!r}; {suggest(name, known)}")
+        if not config.splits:
+            raise ConfigError("config: splits: at least one split is needed")
+
+    # --- the grid -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def simulated(self) -> list[str]:
+        """Datasets that are simulated."""
+        return [name for name, card in self.cards.items() if isinstance(card.source, SimulationSource)]
+
+    @cached_property
+    def fetched(self) -> list[str]:
+        """Datasets that come from files."""
+        return [name for name in self.cards if name not in self.simulated]
+
+    def jobs(self, dataset: str | None = None, split: str | None = None) -> Iterator[Job]:
+        """Every fit of the run, in a fixed order; methods without randomness run for the first seed only."""
+        config = self.config
+        for name in config.dataset if dataset is None else (dataset,):
+            for key in config.splits if split is None else (split,):
+                allowed = config.splits[key].methods
+                for fold in range(config.splits[key].n_folds):
+                    for method in config.methods:
+                        if allowed is not None and method not in allowed:
+                            continue
+                        for seed in config.seeds if self.methods[method].stochastic else config.seeds[:1]:
+                            yield Job(name, key, fold, method, seed)
+
+    # --- paths ----------------------------------------------------------------------------------------------------
+
+    def data(self, file: str) -> str:
+        """Pattern of a file that depends on the dataset alone."""
+        return f"{self.config.data}/{{dataset}}/{file}"
+
+    def fold(self, file: str) -> str:
+        """Pattern of a file that depends on dataset, split and fold."""
+        return f"{self.config.results}/{{dataset}}/{{split}}/fold{{fold}}/{file}"
+
+    def fit(self, file: str) -> str:
+        """Pattern of a file that depends on the fit."""
+        return self.fold(f"{{method}}/seed{{seed}}/{file}")
+
+    def result(self, file: str) -> str:
+        """A file of the whole run."""
+        return f"{self.config.results}/{file}"
+
+    def fit_files(self, file: str, dataset: str | None = None, split: str | None = None) -> list[str]:
+        """Files of all fits."""
+        return [self.fit(file).format(**vars(job)) for job in self.jobs(dataset, split)]
+
+    def history_files(self, dataset: str, split: str) -> list[str]:
+        """Training histories of the methods that train."""
+        jobs = [job for job in self.jobs(dataset, split) if self.methods[job.method].stochastic]
+        return [self.fit("training.csv").format(**vars(job)) for job in jobs]
+
+    def fold_files(self, file: str) -> list[str]:
+        """Files of all folds."""
+        keys = dict.fromkeys((job.dataset, job.split, job.fold) for job in self.jobs())
+        return [self.fold(file).format(dataset=d, split=s, fold=f) for d, s, f in keys]
+
+    def score_files(self) -> list[str]:
+        """Every table of scores, those of the references included."""
+        references = self.fold_files("references.parquet") if self.config.evaluation.references else []
+        return [*self.fit_files("scores.parquet"), *references]
+
+    def figure_files(self) -> list[str]:
+        """Every figure, as svg."""
+        run = [self.result(f"figures/{figure}.svg") for figure in RUN_FIGURES]
+        pairs = dict.fromkeys((job.dataset, job.split) for job in self.jobs())
+        names = [(d, s, figure) for d, s in pairs for figure in self.split_figures(d, s)]
+        return [*run, *(self.result(f"figures/{d}/{s}/{figure}.svg") for d, s, figure in names)]
+
+    def split_figures(self, dataset: str, split: str) -> list[str]:
+        """The figures of one dataset and split; curves only where something trains."""
+        trains = bool(self.history_files(dataset, split))
+        return [name for name in SPLIT_FIGURES if name != "training_curves" or trains]
+
+    # --- slices of the configuration, as JSON ---------------------------------------------------------------------
+
+    def card_slice(self, *keys: str) -> Any:
+        """A function of wildcards that gives these sections of the dataset's card."""
+        return lambda wildcards: as_json(self.cards[wildcards.dataset].model_dump(mode="json", include=set(keys)))
+
+    def split_slice(self, wildcards: Any) -> str:
+        """The split's own section; which methods run on it changes no split."""
+        return as_json(self.config.splits[wildcards.split].model_dump(mode="json", exclude={"methods"}))
+
+    def method_slice(self, wildcards: Any) -> str:
+        """The method's implementation and parameters; titles and resources change no fit."""
+        spec = self.methods[wildcards.method]
+        return as_json(spec.model_dump(mode="json", include={"title", "implementation", "params"}))
+
+    def section(self, name: str) -> str:
+        """A whole top-level section."""
+        return as_json(getattr(self.config, name).model_dump(mode="json"))
+
+    def titles(self) -> str:
+        """Method names as figures show them."""
+        return as_json({name: spec.title for name, spec in self.methods.items()})
+
+    def resolved(self) -> str:
+        """The whole configuration with every default filled in."""
+        return as_json(self.config.model_dump(mode="json"))
+
+    def resource(self, name: str) -> Any:
+        """A function of wildcards that gives a resource of the method."""
+        return lambda wildcards: getattr(self.methods[wildcards.method], name)
+
+    def gpus(self, wildcards: Any) -> int:
+        """GPUs of a fit: one for a method that wants one, unless the run is told to stay on the CPU."""
+        return int(self.methods[wildcards.method].resources == "gpu" and self.config.device != "cpu")
+
+    # --- inputs that depend on the wildcards ----------------------------------------------------------------------
+
+    def reference_input(self, wildcards: Any) -> dict[str, str]:
+        """What the references are scored from; simulated data have their noise-free truth too."""
+        files = {"truth": self.data("prepared.h5ad"), "split": self.fold("split.csv")}
+        files["features"] = self.fold("features.csv")
+        if wildcards.dataset in self.simulated:
+            files["noise_free"] = self.data("truth.h5ad")
+        return {key: pattern.format(**dict(wildcards)) for key, pattern in files.items()}
+
+    def noise_free_option(self, wildcards: Any, input: Any) -> str:
+        """The option that hands over the simulator's truth, where there is one."""
+        return f"--noise-free {input.noise_free}" if wildcards.dataset in self.simulated else ""
+
+    def figure_details(self, wildcards: Any) -> list[str]:
+        """The files a figure draws besides the tables."""
+        dataset, split = wildcards.dataset, wildcards.split
+        if wildcards.figure == "training_curves":
+            return self.history_files(dataset, split)
+        if wildcards.figure in ("hardest_easiest", "embedding"):
+            return self.fit_files("details", dataset, split)
+        return []
+
+    def detail_options(self, wildcards: Any, input: Any) -> str:
+        """The same files as options."""
+        return " ".join(f"--details {path}" for path in input.details)
+
+    def stem(self, wildcards: Any, output: Any) -> str:
+        """A figure's path without suffix."""
+        return str(Path(output.svg).with_suffix(""))
+
+
+def read_plan(config: dict[str, Any]) -> Plan:
+    """A plan, with mistakes shown as one line and no traceback."""
+    try:
+        return Plan(config)
+    except ConfigError as error:
+        raise SystemExit(f"perturbed: {error}") from None
+
+
+__all__ = ["RUN_FIGURES", "SPLIT_FIGURES", "Job", "Plan", "as_json", "read_plan"]

@@ -1,0 +1,75 @@
+# From a dataset card to prepared cells. Files depend on the card alone and are shared by all configurations.
+
+
+rule fetch:
+    output:
+        raw=plan.data("raw.h5ad"),
+    log:
+        plan.data("logs/fetch.log"),
+    benchmark:
+        plan.data("benchmarks/fetch.tsv")
+    wildcard_constraints:
+        dataset="|".join(plan.fetched) or "(?!)",
+    retries: 2
+    conda:
+        "../../envs/core.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    params:
+        card=plan.card_slice("source", "keys", "expect"),
+        mirror=f"--mirror {plan.config.mirror}" if plan.config.mirror else "",
+        unpinned="--allow-unpinned" if plan.config.allow_unpinned else "",
+        folder=lambda wildcards, output: str(Path(output.raw).parent / "downloads"),
+    message:
+        "Fetch {wildcards.dataset}"
+    shell:
+        "perturbed fetch --dataset {wildcards.dataset} --card {params.card:q} --data-dir {params.folder:q}"
+        " {params.mirror} {params.unpinned} --out {output.raw} 2>&1 | tee {log}"
+
+
+rule simulate:
+    output:
+        raw=plan.data("raw.h5ad"),
+        truth=plan.data("truth.h5ad"),
+    log:
+        plan.data("logs/simulate.log"),
+    benchmark:
+        plan.data("benchmarks/simulate.tsv")
+    wildcard_constraints:
+        dataset="|".join(plan.simulated) or "(?!)",
+    conda:
+        "../../envs/core.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        card=plan.card_slice("source"),
+    message:
+        "Simulate {wildcards.dataset}, with planted truth"
+    shell:
+        "perturbed simulate --dataset {wildcards.dataset} --card {params.card:q}"
+        " --out {output.raw} --truth {output.truth} 2>&1 | tee {log}"
+
+
+rule prepare:
+    input:
+        raw=plan.data("raw.h5ad"),
+    output:
+        prepared=plan.data("prepared.h5ad"),
+    log:
+        plan.data("logs/prepare.log"),
+    benchmark:
+        plan.data("benchmarks/prepare.tsv")
+    conda:
+        "../../envs/core.yaml"
+    resources:
+        mem_mb=lambda wildcards, input: max(4000, 8 * int(input.size_mb)),
+        runtime=60,
+    params:
+        card=plan.card_slice("source", "keys", "prepare", "expect"),
+    message:
+        "Prepare {wildcards.dataset}: canonical names, quality control, normalisation"
+    shell:
+        "perturbed prepare --dataset {wildcards.dataset} --raw {input.raw} --card {params.card:q}"
+        " --out {output.prepared} 2>&1 | tee {log}"

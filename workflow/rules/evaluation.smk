@@ -1,0 +1,75 @@
+# The only stage that opens the test cells: scores, their floors and ceilings, and the judgement of differences.
+
+
+rule evaluate:
+    input:
+        truth=plan.data("prepared.h5ad"),
+        split=plan.fold("split.csv"),
+        features=plan.fold("features.csv"),
+        prediction=plan.fit("prediction.h5ad"),
+    output:
+        scores=plan.fit("scores.parquet"),
+        details=directory(plan.fit("details")),
+    log:
+        plan.fit("logs/evaluate.log"),
+    benchmark:
+        plan.fit("benchmarks/evaluate.tsv")
+    conda:
+        "../../envs/core.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        spec=plan.section("evaluation"),
+    message:
+        "Score {wildcards.method} on {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}, seed {wildcards.seed}"
+    shell:
+        "perturbed evaluate --truth {input.truth} --split {input.split} --features {input.features}"
+        " --prediction {input.prediction} --spec {params.spec:q} --details {output.details} --out {output.scores}"
+        " 2>&1 | tee {log}"
+
+
+rule references:
+    input:
+        unpack(plan.reference_input),
+    output:
+        scores=plan.fold("references.parquet"),
+    log:
+        plan.fold("logs/references.log"),
+    benchmark:
+        plan.fold("benchmarks/references.tsv")
+    conda:
+        "../../envs/core.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        spec=plan.section("evaluation"),
+        noise_free=plan.noise_free_option,
+    message:
+        "Score the floors and ceilings of {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}"
+    shell:
+        "perturbed evaluate --references --truth {input.truth} --split {input.split} --features {input.features}"
+        " {params.noise_free} --spec {params.spec:q} --out {output.scores} 2>&1 | tee {log}"
+
+
+rule summarise:
+    input:
+        scores=plan.score_files(),
+    output:
+        tables=directory(plan.result("tables")),
+    log:
+        plan.result("logs/summarise.log"),
+    benchmark:
+        plan.result("benchmarks/summarise.tsv")
+    conda:
+        "../../envs/core.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        spec=plan.section("statistics"),
+    message:
+        "Summarise every score and judge the differences"
+    shell:
+        "perturbed summarise {input.scores} --spec {params.spec:q} --out {output.tables} 2>&1 | tee {log}"
