@@ -18,11 +18,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     The temporary name ends as `path` does, so that writers which look at the suffix behave the same.
     Works for files and for folders (the caller may `mkdir` the yielded path). An existing `path` is
-    replaced only when the new one is complete.
+    replaced only when the new one is complete. The name is the same every time, so that what a killed
+    process left is removed by the next one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.part.{path.name}")
+    part = path.with_name(f".part.{path.name}")
     _remove(part)
     try:
         yield part

@@ -7,6 +7,7 @@ exactly the slice it uses, as JSON, so that one changed key reruns only what dep
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +57,7 @@ class Plan:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config: RunConfig = load_config(config)
+        self._check_spelling()
         self.cards: dict[str, Card] = {name: load_card(name, self.config.cards) for name in self.config.dataset}
         self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in self.config.methods}
         self._check_names()
@@ -65,7 +67,17 @@ class Plan:
         overrides = self.config.method_params.get(name, {})
         return spec.model_copy(update={"params": {**spec.params, **overrides}})
 
+    def _check_spelling(self) -> None:
+        """Names become wildcards and folders, so they must be plain."""
+        config = self.config
+        for key, names in {"dataset": config.dataset, "methods": config.methods, "splits": config.splits}.items():
+            for name in names:
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                    raise ConfigError(f"config: {key}: {name!r} is no usable name; use letters, digits, _ and -")
+
     def _check_names(self) -> None:
+        from perturbed.evaluation.registry import METRICS
+
         config, run = self.config, set(self.config.methods)
         known = {*run, *(path.stem for folder in config.method_files for path in Path(folder).glob("*.yaml"))}
         named = {"method_params": config.method_params, "statistics.baselines": config.statistics.baselines}
@@ -78,6 +90,11 @@ class Plan:
             name = getattr(config.statistics, key)
             if name not in known:
                 raise ConfigError(f"config: statistics.{key}: no method {name!r}; {suggest(name, known)}")
+        wanted = () if config.evaluation.metrics == "all" else config.evaluation.metrics
+        metrics = [("evaluation.metrics", name) for name in wanted]
+        for key, name in [*metrics, ("statistics.primary_metric", config.statistics.primary_metric)]:
+            if name not in METRICS:
+                raise ConfigError(f"config: {key}: no metric {name!r}; {suggest(name, METRICS)}")
         if not config.splits:
             raise ConfigError("config: splits: at least one split is needed")
 

@@ -109,7 +109,7 @@ class Keys(Section):
     """Further `obs` columns to carry along: our name to the source's, such as `batch: gemgroup`."""
     drop: dict[str, Strings] = Field(default_factory=dict)
     """Cells to drop: `obs` column to values; a cell is dropped where the column, as the source spells it, equals one.
-    The empty string stands for a missing value too."""
+    A missing value is spelt `nan`."""
     drop_matching: dict[str, Patterns] = Field(default_factory=dict)
     """Cells to drop by pattern: `obs` column to regular expressions; a cell is dropped where one of them matches the
     whole value (`re.fullmatch`). For columns whose values are only known in part."""
@@ -132,7 +132,8 @@ class Preparation(Section):
     max_mito: float = Field(1.0, ge=0, le=1)
     """Cells with a larger share of mitochondrial counts are dropped."""
     min_cells_per_gene: int = Field(0, ge=0)
-    """Genes the source detected in fewer cells are dropped; 0 keeps all, and keeps the file free of test cells' counts."""
+    """Genes the source detected in fewer cells are dropped; 0 keeps all, and keeps the file free of test cells'
+    counts."""
     min_cells_per_perturbation: int = Field(1, ge=1)
     """Perturbations with fewer cells are dropped."""
     upstream_genes: bool = False
@@ -157,7 +158,7 @@ class Expectations(Section):
     values: Literal["counts", "log1p"] | None = None
     """Kind of the values that `keys.counts` (or `X`) holds."""
     x_sum: float | None = None
-    """Sum over the whole matrix."""
+    """Sum over the matrix that `keys.counts` names, over `X` where it names none."""
     stage: Literal["raw", "prepared"] = "raw"
     """Whether the cell and gene numbers hold before (`raw`) or after (`prepared`) quality control."""
 

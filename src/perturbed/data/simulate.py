@@ -27,10 +27,10 @@ from perturbed.data.simulators.world import (
     TRUTH_COUNTS,
     Background,
     Generator,
-    Response,
     World,
     describe,
     draw_counts,
+    draw_overdispersion,
     expected_counts,
     log_normalise,
     stream,
@@ -58,8 +58,8 @@ def simulate(source: SimulationSource, name: str) -> tuple[AnnData, AnnData]:
     Returns
     -------
     raw
-        Cells × genes, counts in `X` (CSR float32); `obs`: `perturbation`, `n_perturbed`, `batch`, `cell_state`, `phase`,
-        `depth`; `obsm`: `z_iota`, `z_nu`; `var`: `gene_id`, `program`.
+        Cells × genes, counts in `X` (CSR float32); `obs`: `perturbation`, `n_perturbed`, `batch`, `cell_state`,
+        `phase`, `depth`; `obsm`: `z_iota`, `z_nu`; `var`: `gene_id`, `program`.
     truth
         Conditions × genes, the expected log-normalised expression in `X`; `layers`: `variance`, `rate`, `log_rate`;
         the planted graph, effects, loadings and latents in `obs`, `obsm`, `varm` and `uns`.
@@ -114,11 +114,6 @@ def _provenance(source: SimulationSource, world: World, name: str) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def _counts(generator: Generator, response: Response, rate: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    scale = getattr(generator.world.params, "dropout_rate", 1.0)
-    return draw_counts(rate, generator.world.dispersion, rng, response.dropout, scale)
-
-
 def _gene_table(world: World) -> pd.DataFrame:
     """`gene_id` and the responsive program of largest loading, `none` outside of all gene sets."""
     names = np.array(describe(world)["z_nu"])
@@ -141,7 +136,9 @@ def _simulate_cells(generator: Generator) -> AnnData:
         for start in range(0, n_cells, BLOCK):
             cells = world.draw_background(rng, min(BLOCK, n_cells - start))
             response = generator.respond(key, cells)
-            counts = _counts(generator, response, expected_counts(response.log_rate, cells.depth), rng)
+            rate = expected_counts(response.log_rate, cells.depth)
+            factor = draw_overdispersion(world.dispersion, cells.n_cells, rng)
+            counts = draw_counts(rate, factor, generator.dropout(key, rate), rng)
             matrices.append(sparse.csr_matrix(counts))
             tables.append(_cell_table(name, len(key), cells))
             z_iota.append(cells.z_iota)
@@ -195,8 +192,8 @@ class _Moments:
 def _simulate_truth(generator: Generator) -> AnnData:
     """Average fresh cells, never those of `raw`.
 
-    Every condition sees the same backgrounds and noise, so that the sampling error of a difference of two conditions is
-    far smaller than that of either; the stream of a block depends on nothing but the seed and the block.
+    Every condition sees the same backgrounds, noise and overdispersion, so that the sampling error of a difference of
+    two conditions is far smaller than that of either; the streams depend on nothing but the seed and the block.
     """
     world, params = generator.world, generator.world.params
     shape = (len(world.conditions), params.n_genes)
@@ -205,12 +202,15 @@ def _simulate_truth(generator: Generator) -> AnnData:
     z_iota = _Moments(1, params.d_iota)
     for block, start in enumerate(range(0, params.n_truth_cells, BLOCK)):
         n_cells = min(BLOCK, params.n_truth_cells - start)
-        cells = world.draw_background(stream(world.seed, TRUTH, block), n_cells)
+        rng = stream(world.seed, TRUTH, block)
+        cells = world.draw_background(rng, n_cells)
+        factor = draw_overdispersion(world.dispersion, n_cells, rng)
         z_iota.add(0, cells.z_iota)
         for row, key in enumerate(world.conditions.values()):
             response = generator.respond(key, cells)
             rate = expected_counts(response.log_rate, cells.depth)
-            counts = _counts(generator, response, rate, stream(world.seed, TRUTH_COUNTS, block))
+            rng = stream(world.seed, TRUTH_COUNTS, block)
+            counts = draw_counts(rate, factor, generator.dropout(key, rate), rng)
             expression.add(row, log_normalise(counts))
             rates.add(row, np.log1p(rate * (TARGET_SUM / cells.depth[:, None])))
             log_rates.add(row, response.log_rate)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse, special
 
 from perturbed.names import genes_of
 
@@ -33,16 +33,24 @@ class Plan:
         The P resampled perturbations.
     weights
         Bootstrap weight of each perturbation in each draw (n_draws, P), positive, mean 1.
-    membership
-        1 where a perturbation holds a gene (P, n_genes).
+    members
+        Numbers of a perturbation's genes (P, most genes of any), −1 where it has fewer.
+    shared
+        1 where two perturbations share a gene (P, P), so on the diagonal too.
     key
         Numbers that seed further draws that belong to this plan.
     """
 
     perturbations: tuple[str, ...]
     weights: np.ndarray
-    membership: sparse.csr_matrix
+    members: np.ndarray
+    shared: sparse.csr_matrix
     key: tuple[int, ...]
+
+    def count_genes(self, defined: np.ndarray) -> int:
+        """Distinct genes of the perturbations `defined` (P,)."""
+        found = np.unique(self.members[defined])
+        return int((found >= 0).sum())
 
 
 @dataclass(frozen=True)
@@ -93,18 +101,28 @@ def plan_draws(perturbations: Sequence[str], n_draws: int, key: Sequence[int]) -
     key
         Seed of the stream; the same key and genes give the same weights.
     """
-    genes = sorted({gene for name in perturbations for gene in genes_of(name)})
-    column = {gene: j for j, gene in enumerate(genes)}
-    members = [[column[gene] for gene in genes_of(name)] for name in perturbations]
-    gene_weights = np.random.default_rng(list(key)).exponential(size=(n_draws, len(genes)))
+    members = number_genes(perturbations)
+    n_genes = int(members.max(initial=-1)) + 1
+    gene_weights = np.random.default_rng(list(key)).exponential(size=(n_draws, n_genes))
     weights = np.ones((n_draws, len(members)))
-    for p, columns in enumerate(members):
-        for j in columns:
-            weights[:, p] *= gene_weights[:, j]
-    rows = np.repeat(np.arange(len(members)), [len(columns) for columns in members])
-    columns_flat = np.array([j for columns in members for j in columns], dtype=int)
-    membership = sparse.csr_matrix((np.ones(len(rows)), (rows, columns_flat)), shape=(len(members), len(genes)))
-    return Plan(tuple(perturbations), weights, membership, tuple(key))
+    for column in members.T:
+        weights *= np.where(column >= 0, gene_weights[:, column], 1.0)
+    rows, slots = np.nonzero(members >= 0)
+    ones = (np.ones(len(rows)), (rows, members[rows, slots]))
+    membership = sparse.csr_matrix(ones, shape=(len(members), n_genes))
+    shared = sparse.csr_matrix(membership @ membership.T)
+    shared.data[:] = 1.0
+    return Plan(tuple(perturbations), weights, members, shared, tuple(key))
+
+
+def number_genes(perturbations: Sequence[str]) -> np.ndarray:
+    """Number the genes of perturbations in sorted order: (P, most genes of any), −1 where one has fewer."""
+    genes = sorted({gene for name in perturbations for gene in genes_of(name)})
+    number = {gene: j for j, gene in enumerate(genes)}
+    members = np.full((len(perturbations), max((len(genes_of(name)) for name in perturbations), default=0)), -1)
+    for p, name in enumerate(perturbations):
+        members[p, : len(genes_of(name))] = [number[gene] for gene in genes_of(name)]
+    return members
 
 
 def draw_seed_shifts(n_seeds: int, n_draws: int, key: Sequence[int]) -> np.ndarray:
@@ -119,7 +137,7 @@ def draw_seed_shifts(n_seeds: int, n_draws: int, key: Sequence[int]) -> np.ndarr
     return (counts - 1) / n_seeds * np.sqrt(n_seeds / (n_seeds - 1))
 
 
-def cluster_standard_error(residual: np.ndarray, membership: sparse.csr_matrix) -> float:
+def cluster_standard_error(influence: np.ndarray, shared: sparse.csr_matrix, n: int, n_genes: int) -> float:
     r"""Standard error of a mean of perturbations that share genes.
 
     :math:`V = \frac{1}{P^2} \frac{G}{G-1} \sum_{p,q:\ p \cap q \ne \emptyset} e_p e_q`, which is the dyadic
@@ -128,15 +146,15 @@ def cluster_standard_error(residual: np.ndarray, membership: sparse.csr_matrix) 
 
     Parameters
     ----------
-    residual
-        Influence of each perturbation (P,), sum 0.
-    membership
-        Genes of each perturbation (P, n_genes).
+    influence
+        Of each perturbation on the mean, with sum 0; 0 for those left out.
+    shared
+        1 where two perturbations share a gene, and on the diagonal.
+    n, n_genes
+        Perturbations that take part (at least 2), and their distinct genes (at least 2).
     """
-    n, n_genes = len(residual), _count_genes(membership)
-    shared = (membership @ membership.T) > 0
-    clustered = float(residual @ (shared @ residual)) / n**2 * n_genes / (n_genes - 1)
-    return float(np.sqrt(max(clustered, float(residual @ residual) / (n * (n - 1)))))
+    clustered = float(influence @ (shared @ influence)) / n**2 * n_genes / (n_genes - 1)
+    return float(np.sqrt(max(clustered, float(influence @ influence) / (n * (n - 1)))))
 
 
 def estimate_mean(
@@ -165,7 +183,7 @@ def estimate_mean(
     if not defined.any():
         return UNDEFINED
     mean = np.sum([sign * values[defined].mean(axis=1) for values, sign, _ in sides], axis=0)
-    weights = plan.weights[:, defined]
+    weights = plan.weights if defined.all() else plan.weights[:, defined]
     total = weights.sum(axis=1)
     seeds = np.zeros(len(total))
     for values, sign, name in sides:
@@ -201,7 +219,7 @@ def estimate_ratio(
     above, span = model[defined].mean(axis=1) - low, ceiling[defined].mean(axis=1) - low
     if not defined.any() or span.mean() == 0:
         return UNDEFINED
-    weights = plan.weights[:, defined]
+    weights = plan.weights if defined.all() else plan.weights[:, defined]
     total = weights @ span
     value = float(above.mean() / span.mean())
     influence = (above - value * span) / span.mean()
@@ -210,6 +228,8 @@ def estimate_ratio(
 
 
 def _seed_draws(plan: Plan, values: np.ndarray, weights: np.ndarray, name: str) -> np.ndarray:
+    if values.shape[1] == 1:
+        return np.zeros(len(weights))
     shifts = draw_seed_shifts(values.shape[1], len(weights), (*plan.key, *name_key("seeds", name)))
     return ((weights @ values) * shifts).sum(axis=1)
 
@@ -224,22 +244,23 @@ def _finish(
     confidence: float,
 ) -> Estimate:
     """Set the draws' spread to the cluster-robust one, add the seeds' share, read interval and p value."""
-    membership = plan.membership[defined]
-    n, n_genes = int(defined.sum()), _count_genes(membership)
+    n, n_genes = int(defined.sum()), plan.count_genes(defined)
     if min(n, n_genes) < 2:
         return Estimate(value, np.nan, np.nan, np.nan, np.nan, n, n_genes)
-    # Differences that are equal but for rounding have no spread to set.
     spread = float(draws.std())
-    flat = spread <= 1e-12 * max(1.0, abs(value))
-    scale = 1.0 if flat else cluster_standard_error(influence, membership) / spread
+    scale = 1.0
+    if spread > 1e-12 * max(1.0, abs(value)):  # differences that are equal but for rounding have no spread to set
+        everywhere = np.zeros(len(defined))
+        everywhere[defined] = influence
+        scale = cluster_standard_error(everywhere, plan.shared, n, n_genes) / spread
     shift = scale * (draws - value) + seeds
     df = min(n, n_genes) - 1
     half = (1 - confidence) / 2
-    # Percentiles of few units are too narrow as normal quantiles are beside Student's.
-    stretch = float(stats.t.ppf(1 - half, df) / stats.norm.ppf(1 - half))
+    # Percentiles of few units are too narrow, as normal quantiles are beside Student's.
+    stretch = float(special.stdtrit(df, 1 - half) / special.ndtri(1 - half))
     low, high = value + stretch * np.quantile(shift, [half, 1 - half])
-    p = _p_value(value, value + stretch * shift, float(shift.std()), df)
-    return Estimate(value, float(low), float(high), float(shift.std()), p, n, n_genes)
+    se = float(shift.std())
+    return Estimate(value, float(low), float(high), se, _p_value(value, value + stretch * shift, se, df), n, n_genes)
 
 
 def _p_value(value: float, draws: np.ndarray, se: float, df: int) -> float:
@@ -249,8 +270,4 @@ def _p_value(value: float, draws: np.ndarray, se: float, df: int) -> float:
     if beyond >= MIN_TAIL or se == 0:
         return counted
     most = 2 * (MIN_TAIL + 1) / (len(draws) + 1)
-    return float(min(most, 2 * stats.t.sf(abs(value) / se, df)))
-
-
-def _count_genes(membership: sparse.csr_matrix) -> int:
-    return len(np.unique(membership.indices))
+    return float(min(most, 2 * special.stdtr(df, -abs(value) / se)))

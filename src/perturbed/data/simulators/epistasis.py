@@ -25,7 +25,7 @@ class Epistasis(Generator):
     effects e_k. Its single effect is `s_k = r(d_k)`, `r(d) = sign(d) c (1 - exp(-|d|/c))`. A double is of one kind:
 
     - saturating: `r(d_i + d_j)`;
-    - multiplicative: `s_i + s_j + synergy * s_i * s_j`;
+    - multiplicative: `s_i + s_j + synergy s_i s_j`;
     - threshold: `s_i + s_j`, and in those cells whose shared activity passes the threshold a program that neither
       gene targets switches on and a share of the second gene's effect is masked.
 
@@ -57,8 +57,8 @@ class Epistasis(Generator):
         """Kind of each double, in equal shares, and the program that each would switch on."""
         pairs = [key for key in self.world.conditions.values() if len(key) == 2]
         order = stream(seed, INTERACTIONS).permutation(len(pairs))
-        kinds = {key: KINDS[order[at] % len(KINDS)] for at, key in enumerate(pairs)}
-        switched = {}
+        kinds: dict[tuple[int, ...], str] = {key: KINDS[order[at] % len(KINDS)] for at, key in enumerate(pairs)}
+        switched: dict[tuple[int, ...], int] = {}
         for key in pairs:
             total = np.abs(self.activity[list(key), 1:]).sum(axis=0)
             free = np.flatnonzero(total == 0) if (total == 0).any() else np.array([total.argmin()])
@@ -89,10 +89,14 @@ class Epistasis(Generator):
             log_rate += self.p.interaction * on * gained
             z_nu[:, program] += self.p.interaction * self.p.switch_effect * on[:, 0]
         log_rate[:, self.world.perturbed[list(key)]] += self.p.target_effect
-        return Response(log_rate, z_nu, self.dropout(key))
+        return Response(log_rate, z_nu)
 
-    def dropout(self, key: tuple[int, ...]) -> float:
-        """Dropout of a condition: `1 - (1 - dropout/2) Π (1 - π_k)`, so control has the least."""
+    def dropout(self, key: tuple[int, ...], rate: np.ndarray) -> np.ndarray:
+        """`π(u) exp(-rate / dropout_rate)`: weak counts drop more often."""
+        return self.peak_dropout(key) * np.exp(-rate / self.p.dropout_rate)
+
+    def peak_dropout(self, key: tuple[int, ...]) -> float:
+        """Dropout of a condition at rate zero: `π(u) = 1 - (1 - dropout/2) Π (1 - π_k)`, so control has the least."""
         return float(1.0 - (1.0 - self.p.dropout / 2) * np.prod(1.0 - self.gene_dropout[list(key)]))
 
     def planted_rows(self) -> dict[str, np.ndarray]:
@@ -100,14 +104,12 @@ class Epistasis(Generator):
         keys = list(self.world.conditions.values())
         return {
             "activity": np.stack([self.activity[list(key)].sum(axis=0) for key in keys]),
-            "dropout": np.array([[self.dropout(key)] for key in keys]),
+            "dropout": np.array([[self.peak_dropout(key)] for key in keys]),
         }
 
     def planted_labels(self) -> dict[str, list[str]]:
         """The kind of interaction of each double, and the program that a threshold double switches on."""
         keys = list(self.world.conditions.values())
         kinds = [self.kinds.get(key, "") for key in keys]
-        switched = [
-            f"program{self.switched[key]:02d}" if kind == "threshold" else "" for key, kind in zip(keys, kinds)
-        ]
+        switched = [f"program{self.switched[key]:02d}" if kind == "threshold" else "" for key, kind in zip(keys, kinds)]
         return {"interaction": kinds, "switched_program": switched}

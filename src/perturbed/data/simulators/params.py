@@ -45,9 +45,9 @@ class CommonParams(Section):
     """Genes of each responsive program: its planted gene set."""
     responsive_loading: float = Field(0.35, gt=0)
     """Mean size of the loadings within a gene set, in log-rate per unit of latent."""
-    shared_effect: float = Field(1.0, ge=0)
+    shared_effect: float = Field(0.7, ge=0)
     """Mean shift of the shared program by a single perturbation; 0 takes the systematic effect away."""
-    effect_size: float = Field(1.5, ge=0)
+    effect_size: float = Field(1.0, ge=0)
     """Typical size of a perturbation's shift of the programs it targets."""
     n_targets: int = Field(2, ge=1)
     """Programs, beside the shared one, that a perturbed gene targets."""
@@ -55,9 +55,9 @@ class CommonParams(Section):
     """Log-fold change of a perturbed gene's own rate: positive as in CRISPRa, negative as in CRISPRi, 0 for none."""
 
     # Counts.
-    expression_sd: float = Field(1.0, ge=0)
+    expression_sd: float = Field(1.2, ge=0)
     """Standard deviation over genes of the baseline log-rate."""
-    depth: float = Field(4000.0, ge=100)
+    depth: float = Field(2500.0, ge=100)
     """Median expected counts of a cell."""
     depth_sd: float = Field(0.35, ge=0, le=1)
     """Standard deviation of the log of a cell's expected counts."""
@@ -124,17 +124,23 @@ class ScmParams(CommonParams):
 
 
 class EpistasisParams(CommonParams):
-    """Parameters of the generator `epistasis`."""
+    """Parameters of the generator `epistasis`; programs are wider and doses larger, since responses saturate."""
 
+    gene_set_size: int = Field(100, ge=1)
+    """Genes of each responsive program: its planted gene set."""
+    shared_effect: float = Field(1.3, ge=0)
+    """Mean shift of the shared program by a single perturbation; 0 takes the systematic effect away."""
+    effect_size: float = Field(1.5, ge=0)
+    """Typical size of a perturbation's shift of the programs it targets."""
     interaction: float = Field(1.0, ge=0)
     """Weight of all that is not additive in doubles; 0 makes doubles additive in the log-rate."""
-    ceiling: float = Field(0.9, gt=0)
+    ceiling: float = Field(0.5, gt=0)
     """Largest log-rate effect that a gene's response saturates at."""
-    synergy: float = Field(1.0, ge=0)
+    synergy: float = Field(2.0, ge=0)
     """Weight of the product of the two single effects, per unit of log-rate."""
-    threshold: float = 1.8
+    threshold: float = 2.2
     """Summed shared-program activity above which a cell of a threshold double switches."""
-    switch_effect: float = Field(1.8, ge=0)
+    switch_effect: float = Field(2.0, ge=0)
     """Activity that the switch gives to a program neither gene targets."""
     masking: float = Field(0.7, ge=0, le=1)
     """Share of the second gene's effect that the switch takes away."""

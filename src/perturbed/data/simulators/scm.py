@@ -14,7 +14,6 @@ from perturbed.data.simulators.world import (
     Background,
     Generator,
     Response,
-    World,
     signed_uniform,
     stream,
 )
@@ -128,6 +127,3 @@ class Scm(Generator):
             "log_beta": np.stack([m.log_beta for m in found]),
             "z_nu_expected": np.vstack([m.solve(mean_iota, silent) for m in found]),
         }
-
-
-__all__ = ["Mechanisms", "Scm", "World"]

@@ -59,6 +59,7 @@ class Background:
 
     @property
     def n_cells(self) -> int:
+        """Number of cells."""
         return len(self.depth)
 
 
@@ -72,13 +73,10 @@ class Response:
         Unnormalised log-rates (n_cells, n_genes).
     z_nu
         Responsive latents (n_cells, d_nu).
-    dropout
-        Probability that a count whose rate is near zero drops to zero.
     """
 
     log_rate: np.ndarray
     z_nu: np.ndarray
-    dropout: float = 0.0
 
 
 class World:
@@ -190,6 +188,10 @@ class Generator(ABC):
     def respond(self, key: tuple[int, ...], cells: Background) -> Response:
         """Log-rates of `cells` under the perturbation of the genes at positions `key`; deterministic."""
 
+    def dropout(self, key: tuple[int, ...], rate: np.ndarray) -> np.ndarray:
+        """Probability that a count with expected value `rate` drops to zero (n_cells, n_genes), or a zero (1, 1)."""
+        return np.zeros((1, 1))
+
     @abstractmethod
     def planted_rows(self) -> dict[str, np.ndarray]:
         """Planted parameters with one leading entry per condition, in the order of `world.conditions`."""
@@ -206,17 +208,19 @@ def expected_counts(log_rate: np.ndarray, depth: np.ndarray) -> np.ndarray:
     return rate
 
 
-def draw_counts(
-    rate: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator, dropout: float = 0.0, dropout_rate: float = 1.0
-) -> np.ndarray:
-    """Negative binomial counts with mean `rate` and variance `rate + rate²/dispersion`, then dropout.
+def draw_overdispersion(dispersion: np.ndarray, n_cells: int, rng: np.random.Generator) -> np.ndarray:
+    """Gamma factors of mean 1 and variance 1/dispersion (n_cells, n_genes): what the rate of a cell varies by."""
+    return rng.standard_gamma(dispersion, (n_cells, len(dispersion))) / dispersion
 
-    A count with expected value r drops to zero with probability `dropout * exp(-r / dropout_rate)`.
+
+def draw_counts(rate: np.ndarray, factor: np.ndarray, dropout: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Poisson counts of `rate * factor`, thus negative binomial with variance `rate + rate²/θ`; then dropout.
+
+    All arguments are (n_cells, n_genes); `dropout` is the probability that a count drops to zero.
     """
-    gamma = rng.standard_gamma(dispersion, rate.shape)
-    counts = rng.poisson(rate * gamma / dispersion).astype(np.float32)
-    if dropout > 0:
-        counts[rng.random(rate.shape, dtype=np.float32) < dropout * np.exp(-rate / dropout_rate)] = 0.0
+    counts = rng.poisson(rate * factor).astype(np.float32)
+    if dropout.any():
+        counts[rng.random(rate.shape, dtype=np.float32) < dropout] = 0.0
     return counts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -97,12 +96,13 @@ def nb_loss(counts: Counts, log_mean: Tensor, log_theta: Tensor, reduction: Redu
 
 
 def nb_log1p_moments(
-    mean: np.ndarray, theta: np.ndarray, scale: np.ndarray, *, tail: float = 1e-6, max_count: int = 10_000
+    mean: np.ndarray, theta: np.ndarray, scale: np.ndarray, *, tail: float = 1e-6, max_count: int = 5_000
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of `log(1 + scale · k)` for a negative binomial count k.
 
     The expectation of a logarithm is not the logarithm of the expectation, and predictions are compared with means of
-    log-normalised cells. The sum over k runs until the remaining probability is below `tail`, or up to `max_count`.
+    log-normalised cells. The sum over k runs until the remaining probability is below `tail`, or up to `max_count`;
+    what remains is put at its conditional mean.
 
     Parameters
     ----------
@@ -118,27 +118,28 @@ def nb_log1p_moments(
     tuple of ndarray
         Mean and variance, each (n_cells, n_genes).
     """
-    shape = mean.shape
     m = mean.astype(np.float64).ravel()
-    r = np.broadcast_to(np.asarray(theta, dtype=np.float64), shape).ravel()
-    c = np.broadcast_to(np.asarray(scale, dtype=np.float64)[:, None], shape).ravel()
-    ratio = m / (m + r)
-    p = np.exp(-r * np.log1p(m / r))
-    left = 1.0 - p
+    r = np.broadcast_to(np.asarray(theta, dtype=np.float64), mean.shape).ravel()
+    c = np.broadcast_to(np.asarray(scale, dtype=np.float64)[:, None], mean.shape).ravel()
     first, second = np.zeros_like(m), np.zeros_like(m)
+    log_ratio, log_p = np.log(m) - np.log(m + r), -r * np.log1p(m / r)
+    left, left_mean = -np.expm1(log_p), m
     active = np.arange(m.size)
     for k in range(1, max_count + 1):
-        p = p * (k - 1 + r) / k * ratio
-        value = np.log1p(c * k)
+        log_p = log_p + np.log((k - 1 + r) / k) + log_ratio
+        p, value = np.exp(log_p), np.log1p(c * k)
+        left, left_mean = left - p, left_mean - k * p
         first[active] += p * value
         second[active] += p * value**2
-        left = left - p
-        keep = left > tail
-        if not keep.any():
-            break
+        keep = (left > tail) & (k < max_count)
         if not keep.all():
-            active, p, left, r, c, ratio = (a[keep] for a in (active, p, left, r, c, ratio))
-    return first.reshape(shape), (second - first**2).reshape(shape)
-
-
-LOG_2PI = math.log(2 * math.pi)
+            done = ~keep & (left > 0)
+            value = np.log1p(c[done] * np.maximum(left_mean[done], 0) / left[done])
+            first[active[done]] += left[done] * value
+            second[active[done]] += left[done] * value**2
+            active, r, c, log_ratio, log_p, left, left_mean = (
+                a[keep] for a in (active, r, c, log_ratio, log_p, left, left_mean)
+            )
+        if not len(active):
+            break
+    return first.reshape(mean.shape), (second - first**2).reshape(mean.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -41,7 +42,7 @@ def build_mlp(widths: Sequence[int], activation: Activation = "leaky_relu", *, l
     if activation not in ACTIVATIONS:
         raise MethodError(f"activation: unknown {activation!r}; {suggest(activation, ACTIVATIONS)}")
     layers: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:])):
+    for i, (n_in, n_out) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(n_in, n_out))
         if last or i < len(widths) - 2:
             layers.append(ACTIVATIONS[activation]())

@@ -1,0 +1,173 @@
+"""One look for all figures: sizes, colours that colour-blind readers can tell apart, names of metrics and methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from perturbed.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 10.0
+"""Inches; the report shows figures at about this width."""
+GREY = "#6e6e6e"
+PALE = "#d9d9d9"
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette; yellow is left out, because it vanishes on white."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+RC: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8.5,
+    "savefig.dpi": 160,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "perturbed",
+}
+
+# The same method has the same look in every figure of every run: named ones by this list, others after them.
+_KNOWN = (
+    "perturbedvae", "additive", "shrunk_saturating", "mean_effect", "pca_ridge", "matching_mean", "no_change",
+    "gears", "knn", "elastic_net", "random_forest", "pca_additive", "scvi_additive", "discrepancy_vae", "sena",
+    "svae_plus", "sams_vae", "embedding", "external",
+)  # fmt: skip
+
+REFERENCE_TITLES = {
+    "technical_duplicate": "Technical duplicate",
+    "interpolated_duplicate": "Interpolated duplicate",
+    "truth": "Truth",
+    "noise_free": "Noise-free truth",
+    "noise_free_additive": "Noise-free additive",
+}
+
+METRIC_TITLES = {
+    "pearson_delta_pert": "Pearson Δ vs perturbed mean",
+    "pearson_delta_ctrl": "Pearson Δ vs control",
+    "pearson_delta_ctrl_disjoint": "Pearson Δ, disjoint controls",
+    "l2_delta": "L2 of Δ",
+    "rmse": "RMSE",
+    "rmse_relative": "Relative RMSE",
+    "mae": "MAE",
+    "r2": "R²",
+    "r2_published": "R² as published (clipped)",
+    "cosine": "Cosine of Δ",
+    "pds_l1": "Perturbation discrimination, L1",
+    "pds_cosine": "Perturbation discrimination, cosine",
+    "centroid_accuracy": "Centroid accuracy",
+    "de_overlap": "DE overlap",
+    "de_direction": "DE direction match",
+    "e_distance": "E-distance",
+    "mmd": "MMD",
+    "mode_collapse": "Mode-collapse ratio",
+}
+
+KEY_METRICS = (
+    "pearson_delta_pert", "l2_delta", "pearson_delta_ctrl_disjoint", "pearson_delta_ctrl", "pds_l1", "de_overlap",
+    "e_distance", "r2", "rmse_relative", "cosine",
+)  # fmt: skip
+"""Metrics that the overview shows, in this order, as many as were scored."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour and marker of a method."""
+
+    colour: str
+    marker: str
+
+
+def look_of(method: str, methods: Iterable[str] = ()) -> Look:
+    """Colour and marker of a method; names nobody has listed come after the known ones, in alphabetical order."""
+    order = [*_KNOWN, *sorted({method, *methods} - set(_KNOWN))]
+    cycle, place = divmod(order.index(method), len(OKABE_ITO))
+    return Look(_shade(OKABE_ITO[place], cycle), MARKERS[cycle % len(MARKERS)])
+
+
+def _shade(colour: str, cycle: int) -> str:
+    """The palette darker the second time round and paler the third, so that lines without markers differ too."""
+    if cycle % 3 == 0:
+        return colour
+    if colour == "#000000":
+        return ("#8C510A", "#A6A6A6")[cycle % 3 - 1]
+    share, towards = ((0.45, 0), (0.5, 255))[cycle % 3 - 1]
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round((1 - share) * part + share * towards):02X}" for part in parts)
+
+
+def title_of(name: str, titles: Mapping[str, str], width: int = 26) -> str:
+    """A method's or reference's name for readers, wrapped."""
+    return fill(titles.get(name, REFERENCE_TITLES.get(name, name.replace("_", " "))), width)
+
+
+def label_metric(metric: str) -> str:
+    """A metric's name for readers."""
+    return METRIC_TITLES.get(metric, metric.replace("_", " "))
+
+
+def arrange_panels(n: int, most: int) -> tuple[int, int]:
+    """Rows and columns for `n` panels, at most `most` in a row and the rows as equal as can be."""
+    rows = -(-n // most)
+    return rows, -(-n // rows)
+
+
+def arrow(direction: int) -> str:
+    """The arrow beside a metric's name."""
+    return {1: "↑ better", -1: "↓ better"}.get(direction, "best at 1")
+
+
+def hint(direction: int) -> str:
+    """Which way along a horizontal axis is better."""
+    return {1: "higher is better →", -1: "← lower is better"}.get(direction, "best at 1")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure that needs no display, with constrained layout."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.05)  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def write_undefined(axes: Axes, y: float) -> None:
+    """Say in a row of a horizontal plot that there is no score."""
+    axes.annotate(
+        "undefined",
+        (0.02, y),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=7.5,
+        style="italic",
+        color=GREY,
+    )
+
+
+def save(figure: Figure, source: pd.DataFrame, stem: Path) -> None:
+    """Write `stem.svg`, `stem.png` and the drawn numbers as `stem.csv`; equal inputs give equal bytes."""
+    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
+    figure.set_layout_engine("none")  # both pictures get the same layout, solved once
+    with atomic(stem.with_name(f"{stem.name}.svg")) as part:
+        figure.savefig(part, format="svg", metadata={"Date": None})
+    with atomic(stem.with_name(f"{stem.name}.png")) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
+    with atomic(stem.with_name(f"{stem.name}.csv")) as part:
+        source.to_csv(part, index=False, lineterminator="\n", float_format="%.6g")

@@ -1,0 +1,318 @@
+"""The one training loop of all torch models: seeded, early-stopping, and exact when resumed.
+
+A model hands over a `Task`: its module, the rows to train and validate on, and a function from rows to the terms of
+the loss. Everything random is drawn from the two generators the loop owns, so that its checkpoint holds all there is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy import sparse
+from torch import Tensor, nn
+
+from perturbed.config import Section
+from perturbed.errors import MethodError
+from perturbed.files import atomic, sha256_text
+
+if TYPE_CHECKING:
+    from perturbed.models.base import FitRun, TrainingData
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 20.0
+"""A checkpoint is written at the end of an epoch when the last one is older than this."""
+
+
+class TrainingOptions(Section):
+    """How a torch model is trained."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate of Adam. Raise it for small data, which give few steps an epoch."""
+    batch_size: int = Field(64, ge=1)
+    """Cells per step. Larger batches train faster per cell, in fewer steps."""
+    epochs: int = Field(100, ge=1)
+    """Most passes over the training cells."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many steps, whatever the epochs; for data so large that one pass is much."""
+    patience: int | None = Field(None, ge=1)
+    """Stop when the validation loss has not fallen for so many epochs, and keep the best weights. Leave out to train
+    all epochs and keep the last weights; without validation cells it has no effect."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of all weights; raise it where the model overfits."""
+
+
+@dataclass(frozen=True)
+class Random:
+    """The generators of a run."""
+
+    numpy: np.random.Generator
+    """For the order of cells, partners and subsets."""
+    torch: torch.Generator
+    """For draws on the device."""
+
+    @classmethod
+    def seeded(cls, seed: int, stream: int, device: str = "cpu") -> Random:
+        """Generators of an independent stream of `seed`."""
+        generator = torch.Generator(device)
+        generator.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]))
+        return cls(np.random.default_rng([seed, stream]), generator)
+
+
+Step = Callable[[np.ndarray, Random, int | None], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained."""
+
+    module: nn.Module
+    """On its device already."""
+    step: Step
+    """From rows, generators and epoch to a NamedTuple of scalars, the loss first. The epoch is None for validation,
+    which takes the weights that hold after warm-up."""
+    train_rows: np.ndarray
+    """Rows of the training cells."""
+    val_rows: np.ndarray
+    """Rows of the validation cells; may be empty."""
+    fingerprint: str = ""
+    """Identifies data and hyper-parameters; a checkpoint of another one is not resumed."""
+
+
+@contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """Make the initial weights of modules built inside a function of `seed`; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence([seed, 0x1417]).generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    fill = options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    options.fill_uninitialized_memory = False  # costs a pass over memory and changes no result
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        options.fill_uninitialized_memory = fill
+
+
+def dense_rows(matrix: sparse.csr_matrix, rows: np.ndarray, device: str = "cpu") -> Tensor:
+    """Some rows of a CSR matrix as a dense float32 tensor."""
+    return torch.from_numpy(np.asarray(matrix[rows].toarray(), dtype=np.float32)).to(device)
+
+
+def fingerprint(data: TrainingData, params: Section, seed: int) -> str:
+    """Hash of all that determines a fit: data, hyper-parameters, seed and the version of torch."""
+    checks = [_checksum(array) for array in (data.X.data, data.X.indices, data.X.indptr, data.is_val)]
+    names = [sha256_text("\n".join(map(str, names))) for names in (data.perturbation, data.context, data.genes)]
+    return sha256_text(json.dumps([checks, names, params.model_dump_json(), seed, torch.__version__]))
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).data)
+
+
+class History(NamedTuple):
+    """The result of a training run."""
+
+    epochs: list[dict[str, float]]
+    """Terms of the loss of every epoch."""
+    best_epoch: int | None
+    """Epoch whose weights were kept, where early stopping chose."""
+
+
+def train(task: Task, options: TrainingOptions, run: FitRun) -> History:
+    """Train `task.module` in place with Adam.
+
+    Resumes from `run.checkpoint` where that holds a checkpoint of the same task; the outcome is then the same, to the
+    byte, as without the interruption, and `run.history` is called for the epochs before it, too. The checkpoint is
+    left for the caller to remove once the model is saved.
+
+    Raises
+    ------
+    MethodError
+        If the loss is no longer finite, or there are no training cells.
+    """
+    if not len(task.train_rows):
+        raise MethodError("no training cells; loosen the split's fractions")
+    loop = _Loop(task, options, run)
+    with _deterministic():
+        loop.resume()
+        loop.run_epochs()
+    return History(loop.epochs, loop.best_epoch)
+
+
+class _Loop:
+    """State and steps of one training run."""
+
+    def __init__(self, task: Task, options: TrainingOptions, run: FitRun) -> None:
+        self.task, self.options, self.run = task, options, run
+        self.random = Random.seeded(run.seed, 1, run.device)
+        self.optimiser = torch.optim.AdamW(
+            [p for p in task.module.parameters() if p.requires_grad],
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.epochs: list[dict[str, float]] = []
+        self.steps = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch: int | None = None
+        self.saved_at = time.monotonic()
+
+    # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def run_epochs(self) -> None:
+        from tqdm import tqdm
+
+        shown = self.run.progress and sys.stderr.isatty()
+        with tqdm(
+            total=self.options.epochs, initial=len(self.epochs), disable=not shown, file=sys.stderr, unit="epoch"
+        ) as bar:
+            while not self.finished:
+                row = self._one_epoch(len(self.epochs))
+                self._save()
+                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                bar.update()
+                if self.run.history is not None:
+                    self.run.history(row)
+        if self.best:
+            self.task.module.load_state_dict(self.best)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epochs, the steps or the patience are used up."""
+        options, n_done = self.options, len(self.epochs)
+        stale = options.patience is not None and self.best_epoch is not None
+        return (
+            n_done >= options.epochs
+            or (options.max_steps is not None and self.steps >= options.max_steps)
+            or (stale and n_done - 1 - self.best_epoch >= options.patience)  # type: ignore[operator]
+        )
+
+    def _one_epoch(self, epoch: int) -> dict[str, float]:
+        row = {"epoch": float(epoch), **self._train_epoch(epoch)}
+        if len(self.task.val_rows):
+            row |= {f"val_{key}": value for key, value in self._validate().items()}
+        if not all(math.isfinite(value) for value in row.values()):
+            raise MethodError(f"training diverged in epoch {epoch} (loss {row['loss']}); lower `lr`")
+        self.epochs.append(row)
+        if self.options.patience is not None and "val_loss" in row:
+            best = math.inf if self.best_epoch is None else self.epochs[self.best_epoch]["val_loss"]
+            if row["val_loss"] < best:
+                self.best_epoch = epoch
+                self.best = {key: value.clone() for key, value in self.task.module.state_dict().items()}
+        return row
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        self.task.module.train()
+        order = self.random.numpy.permutation(self.task.train_rows)
+        totals: dict[str, Any] = {}
+        n_cells = 0
+        for start in range(0, len(order), self.options.batch_size):
+            if self.options.max_steps is not None and self.steps >= self.options.max_steps:
+                break
+            rows = order[start : start + self.options.batch_size]
+            self.optimiser.zero_grad(set_to_none=True)
+            terms = self.task.step(rows, self.random, epoch)
+            terms[0].backward()
+            self.optimiser.step()
+            self.steps += 1
+            n_cells += len(rows)
+            _add(totals, terms, len(rows))
+        return {key: float(value) / n_cells for key, value in totals.items()}
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Terms on the validation cells, with the same draws in every epoch, so that epochs can be compared."""
+        self.task.module.eval()
+        random = Random.seeded(self.run.seed, 2, self.run.device)
+        totals: dict[str, Any] = {}
+        size = max(self.options.batch_size, 256)
+        for start in range(0, len(self.task.val_rows), size):
+            rows = self.task.val_rows[start : start + size]
+            _add(totals, self.task.step(rows, random, None), len(rows))
+        return {key: float(value) / len(self.task.val_rows) for key, value in totals.items()}
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    def _identity(self) -> str:
+        shapes = {key: list(value.shape) for key, value in self.task.module.state_dict().items()}
+        split = [_checksum(rows) for rows in (self.task.train_rows, self.task.val_rows)]
+        options = self.options.model_dump(include=set(TrainingOptions.model_fields))
+        return sha256_text(json.dumps([self.task.fingerprint, shapes, split, options, self.run.seed], sort_keys=True))
+
+    def _save(self) -> None:
+        if self.run.checkpoint is None or time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+            return
+        meta = {
+            "identity": self._identity,
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "best_epoch": self.best_epoch,
+            "numpy": self.random.numpy.bit_generator.state,
+        }
+        content = {
+            "meta": json.dumps(meta),
+            "module": self.task.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best,
+            "torch": self.random.torch.get_state(),
+        }
+        with atomic(self.run.checkpoint) as part:
+            torch.save(content, part)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Take up the checkpoint, if there is one of this task; else start afresh and say why."""
+        path = self.run.checkpoint
+        if path is None or not Path(path).is_file():
+            return
+        try:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+            meta = json.loads(content["meta"])
+        except Exception as error:  # torch and zip raise many kinds for a broken file
+            log.warning("%s: not a readable checkpoint (%s); starting afresh", path, " ".join(str(error).split())[:120])
+            return
+        if meta.get("identity") != self._identity:
+            log.warning("%s: checkpoint of other data or hyper-parameters; starting afresh", path)
+            return
+        self._restore(content, meta)
+
+    def _restore(self, content: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        device = self.run.device
+        self.task.module.load_state_dict(content["module"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.best = {key: value.to(device) for key, value in content["best"].items()}
+        self.random.torch.set_state(content["torch"])
+        self.random.numpy.bit_generator.state = meta["numpy"]
+        self.epochs, self.steps, self.best_epoch = list(meta["epochs"]), meta["steps"], meta["best_epoch"]
+        log.info("%s: resuming after epoch %d", self.run.checkpoint, len(self.epochs) - 1)
+        if self.run.history is not None:
+            for row in self.epochs:
+                self.run.history(row)
+
+
+def _add(totals: dict[str, Any], terms: tuple[Tensor, ...], weight: int) -> None:
+    names = getattr(terms, "_fields", None) or [f"term_{i}" for i in range(len(terms))]
+    for name, value in zip(names, terms):
+        totals[name] = totals.get(name, 0.0) + value.detach().double() * weight
