@@ -219,6 +219,7 @@ def fit(
     features: FeatureFile,
     method: Annotated[str, typer.Option(help="Method: a file of config/methods, or its content as JSON.")],
     out: Out,
+    name: Annotated[str, typer.Option(help="Name of the method in the tables; else its title.")] = "",
     leakage: Annotated[Path | None, typer.Option(help="leakage.json of this split; refused if of another.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every draw of the training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -235,7 +236,7 @@ def fit(
     with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:
         record["device"] = fit_model(
             spec, prepared, split, features, out,
-            leakage=leakage, seed=seed, device=device, threads=threads, history=history, checkpoint=checkpoint,
+            name=name, leakage=leakage, seed=seed, device=device, threads=threads, history=history, checkpoint=checkpoint,
         )  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def evaluate(
     out: Out = Path("scores.parquet"),
     spec: Spec = "{}",
     method: Annotated[str | None, typer.Option(help="Name in the table, if the prediction has none.")] = None,
-    details: Annotated[Path | None, typer.Option(help="Folder for the figures' deltas.parquet, embedding.csv.")] = None,
+    details: Annotated[Path | None, typer.Option(help="Folder for the tables that figures draw.")] = None,
 ) -> None:
     """Score a prediction, ours or your own, against the test cells: scores.parquet, a long table.
 
@@ -364,6 +365,7 @@ def _interrupt(*_: object) -> None:
 def main() -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("anndata").setLevel(logging.WARNING)  # it announces every column it stores as categorical
     logging.captureWarnings(True)
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite end must clean up as Ctrl-C does
     app()

@@ -43,7 +43,8 @@ class _Split(Section):
     """Share of control cells kept from training, the reference of the disjoint-control scores. 0 gives all controls
     to training (the paper's choice); the disjoint-control scores are then undefined."""
     val_fraction: Fraction = 0.1
-    """Share of the remaining training cells, per condition, set aside for early stopping. 0 when a method must see all."""
+    """Share of the remaining training cells, per condition, set aside for early stopping. 0 when a method must see
+    all."""
     methods: tuple[str, ...] | None = None
     """Restrict this split to some of the methods of the run; leave out for all."""
 
@@ -143,13 +144,13 @@ class FeatureSpec(Section):
     n_pcs: int = Field(50, ge=2)
     """Principal components for the distribution metrics and the linear models."""
     seed: int = 0
-    """Seed of the randomised PCA."""
+    """Seed of the start vector, where the PCA is iterative (large data)."""
 
 
 class EvaluationSpec(Section):
     """What is measured, and how many cells the cell-level metrics use."""
 
-    metrics: Names | Literal["all"] = "all"
+    metrics: Annotated[Literal["all"] | Names, Field(union_mode="left_to_right")] = "all"
     """Metrics by name; see `docs/metrics.md`."""
     n_top_de: int = Field(20, ge=1)
     """Genes in the top-DE versions of the metrics."""
@@ -195,10 +196,10 @@ class RunConfig(Section):
     """Files of `config/methods` by name."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0, 1, 2)
     """Training seeds; methods without randomness run once."""
-    splits: dict[str, SplitSpec] = Field(default_factory=lambda: {"zero_shot": UnseenCombo(kind="unseen_combo")})
+    splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}
     """The splits by name."""
     features: FeatureSpec = FeatureSpec()
-    method_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    method_params: dict[str, dict[str, Any]] = {}
     """Hyper-parameters of this run that differ from the method's file, by method."""
     evaluation: EvaluationSpec = EvaluationSpec()
     statistics: StatisticsSpec = StatisticsSpec()

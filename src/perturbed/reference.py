@@ -14,7 +14,7 @@ from perturbed.data.cards import Card
 from perturbed.files import write_text
 from perturbed.models.spec import MethodSpec
 
-_PAGES = {
+_PAGES: dict[str, type[BaseModel]] = {
     "The run (`config/*.yaml`)": RunConfig,
     "A dataset card (`config/datasets/NAME.yaml`)": Card,
     "A method file (`config/methods/NAME.yaml`)": MethodSpec,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from perturbed.config import Section
 from perturbed.errors import MethodError
 from perturbed.files import atomic, sha256_text
+from perturbed.models.nn.schedules import fall_linearly
 
 if TYPE_CHECKING:
     from perturbed.models.base import FitRun, TrainingData
@@ -42,6 +43,9 @@ class TrainingOptions(Section):
 
     lr: float = Field(1e-4, gt=0)
     """Learning rate of Adam. Raise it for small data, which give few steps an epoch."""
+    lr_final: float = Field(1.0, ge=0, le=1)
+    """Share of `lr` left in the last epoch; it falls linearly. 1 keeps it constant; a small one averages out the
+    noise of the last steps, which is what a high `lr` on small data needs."""
     batch_size: int = Field(64, ge=1)
     """Cells per step. Larger batches train faster per cell, in fewer steps."""
     epochs: int = Field(100, ge=1)
@@ -72,7 +76,9 @@ class Random:
         return cls(np.random.default_rng([seed, stream]), generator)
 
 
-Step = Callable[[np.ndarray, Random, int | None], tuple[Tensor, ...]]
+Step = Callable[[np.ndarray, Random, int | None], Any]
+"""From rows, generators and epoch to a NamedTuple of scalar tensors, the first named `loss`. The epoch is None for
+validation, which takes the weights that hold after warm-up."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,7 @@ class Task:
     module: nn.Module
     """On its device already."""
     step: Step
-    """From rows, generators and epoch to a NamedTuple of scalars, the loss first. The epoch is None for validation,
-    which takes the weights that hold after warm-up."""
+    """One batch of the loss; called under `no_grad` for validation."""
     train_rows: np.ndarray
     """Rows of the training cells."""
     val_rows: np.ndarray
@@ -224,6 +229,8 @@ class _Loop:
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.task.module.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = fall_linearly(epoch, self.options.epochs, self.options.lr, self.options.lr_final)
         order = self.random.numpy.permutation(self.task.train_rows)
         totals: dict[str, Any] = {}
         n_cells = 0
@@ -233,7 +240,7 @@ class _Loop:
             rows = order[start : start + self.options.batch_size]
             self.optimiser.zero_grad(set_to_none=True)
             terms = self.task.step(rows, self.random, epoch)
-            terms[0].backward()
+            terms.loss.backward()
             self.optimiser.step()
             self.steps += 1
             n_cells += len(rows)
@@ -312,7 +319,6 @@ class _Loop:
                 self.run.history(row)
 
 
-def _add(totals: dict[str, Any], terms: tuple[Tensor, ...], weight: int) -> None:
-    names = getattr(terms, "_fields", None) or [f"term_{i}" for i in range(len(terms))]
-    for name, value in zip(names, terms):
+def _add(totals: dict[str, Any], terms: Any, weight: int) -> None:
+    for name, value in terms._asdict().items():
         totals[name] = totals.get(name, 0.0) + value.detach().double() * weight

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
-from data_world import FEATURES, ZERO_SHOT, make_counts, make_fold, make_prepared
 from scipy import sparse
 
+from data_world import FEATURES, make_counts, make_fold, make_prepared
 from perturbed.config import FeatureSpec
 from perturbed.data import features as module
 from perturbed.data.contracts import Split, read_features, read_prepared, read_split, write_split
@@ -20,8 +20,7 @@ from perturbed.errors import DataError
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     raw = make_counts(n_genes=80)
-    raw.X[:, 10] = 0  # a gene without counts
-    raw.X.eliminate_zeros()
+    raw.X = sparse.csr_matrix(raw.X.toarray() * (np.arange(80) != 10))  # a gene without counts
     prepared = make_prepared(folder, raw)
     split, _ = make_fold(folder, prepared)
     return read_prepared(prepared), read_split(split)
@@ -83,7 +82,9 @@ def test_perturbed_genes_are_kept_if_trained(world):
 def test_all_genes(world):
     prepared, split = world
     for n_hvg in ("all", 80, 1000):
-        assert list(compute_features(prepared, split, FeatureSpec(n_hvg=n_hvg, n_pcs=2)).genes) == list(prepared.var_names)
+        assert list(compute_features(prepared, split, FeatureSpec(n_hvg=n_hvg, n_pcs=2)).genes) == list(
+            prepared.var_names
+        )
 
 
 def test_ties_are_broken_by_name():
@@ -123,18 +124,19 @@ def test_backed_equals_memory(tmp_path):
     pd.testing.assert_frame_equal(read_features(chosen).table, in_memory.table, atol=1e-8, rtol=1e-8)
 
 
-@pytest.mark.parametrize(("n_cells", "n_genes"), [(300, 40), (40, 300), (120, 110)])
-@pytest.mark.parametrize("exact", [True, False])
-def test_every_way_to_the_components(monkeypatch, n_cells, n_genes, exact):
+@pytest.mark.parametrize(
+    ("limit", "n_cells", "n_genes"),
+    [(1000, 300, 40), (1000, 40, 300), (100, 40, 300), (0, 300, 40), (0, 40, 300), (0, 120, 110)],
+    ids=["covariance", "covariance-wide", "gram", "lanczos", "lanczos-wide", "lanczos-square"],
+)
+def test_every_way_to_the_components(monkeypatch, limit, n_cells, n_genes):
     values = random_cells(n_cells, n_genes)
-    ways = {"covariance": (n_genes, 0), "gram": (0, n_cells)}
-    reference = dense_pca(values.toarray().astype(np.float64), 6)
     mean, _ = column_moments(values)
-    monkeypatch.setattr(module, "_EXACT", (max(ways["covariance"]) if n_genes <= n_cells else n_cells) if exact else 0)
+    monkeypatch.setattr(module, "_EXACT", limit)
     found = fit_pca(values, mean, 6, seed=0)
-    np.testing.assert_allclose(found, reference, atol=1e-7)
+    np.testing.assert_allclose(found, dense_pca(values.toarray().astype(np.float64), 6), atol=1e-7)
     np.testing.assert_allclose(found.T @ found, np.eye(6), atol=1e-9)
-    assert (found[np.abs(found).argmax(0), np.arange(6)] > 0).all()
+    assert (fit_pca(values, mean, 6, seed=0) == found).all()
 
 
 def test_components_are_capped_at_the_rank():
@@ -151,7 +153,3 @@ def test_unknown_cells_are_named(world, tmp_path):
     train = split.cells("train")
     with pytest.raises(DataError, match=rf"1 training cells are not in the prepared data, such as '{train[0]}'"):
         compute_features(prepared[prepared.obs_names != train[0]], split, FEATURES)
-
-
-def test_zero_shot_is_the_default_world():
-    assert ZERO_SHOT.train_fraction == 0

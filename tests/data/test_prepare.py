@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import anndata
@@ -8,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
-from data_world import card, make_counts, make_prepared, write_raw
 from scipy import sparse
 
+from data_world import card, make_counts, make_prepared, write_raw
 from perturbed.data.contracts import check_prepared, read_prepared, write_h5ad
 from perturbed.data.matrices import column_counts, column_moments, read_rows, row_blocks, row_sums, to_csr
 from perturbed.data.prepare import prepare
@@ -39,7 +40,9 @@ def test_values_are_those_of_scanpy(tmp_path):
     assert found.uns["perturbed"]["values"] == "counts" and found.uns["perturbed"]["target_sum"] == 1e4
     assert list(found.obs_names) == list(raw.obs_names) and set(found.obs["context"]) == {"all"}
     assert list(found.obs["perturbation"]) == list(raw.obs["perturbation"])
-    assert (found.obs["n_perturbed"] == [0 if p == "control" else p.count("+") + 1 for p in raw.obs["perturbation"]]).all()
+    assert (
+        found.obs["n_perturbed"] == [0 if p == "control" else p.count("+") + 1 for p in raw.obs["perturbation"]]
+    ).all()
 
 
 @pytest.mark.parametrize("layout", ["dense", "csc", "int64", "zeros", "unsorted"])
@@ -149,6 +152,18 @@ def test_cells_are_dropped_by_value_and_pattern(tmp_path):
         prepare(tmp_path / "raw.h5ad", card(keys={"drop": {"perturbation": "KLF"}}), "world")
 
 
+@pytest.mark.parametrize("missing", [None, "nan"])
+@pytest.mark.parametrize("spelt", ["", "nan"])
+def test_cells_without_a_label_are_dropped(tmp_path, missing, spelt):
+    raw = make_counts()
+    labels = raw.obs["perturbation"].astype(object).to_numpy()
+    labels[:3] = missing
+    raw.obs["perturbation"] = labels
+    gone = {None: 3, "nan": 3 * (spelt == "nan")}[missing]
+    found = prepare(write_raw(tmp_path, raw), card(keys={"drop": {"perturbation": spelt}}), "world")
+    assert found.n_obs == raw.n_obs - gone
+
+
 def test_context_and_kept_columns(tmp_path):
     raw = make_counts(contexts=("T", "B"))
     raw.obs["donor"] = ["x" if i % 5 else None for i in range(raw.n_obs)]
@@ -214,7 +229,9 @@ def test_bad_values_are_named(tmp_path, value, word, dense):
     X = raw.X.toarray()
     X[7, 3] = value
     raw.X = X if dense else sparse.csr_matrix(X)
-    message = rf"raw\.h5ad: X holds {word} value\(s\), the first in cell '{raw.obs_names[7]}', gene '{raw.var_names[3]}'"
+    message = (
+        rf"raw\.h5ad: X holds {word} value\(s\), the first in cell '{raw.obs_names[7]}', gene '{raw.var_names[3]}'"
+    )
     with pytest.raises(DataError, match=message):
         prepare(write_raw(tmp_path, raw), card(), "world")
 
@@ -296,7 +313,7 @@ def test_missing_and_truncated_files(tmp_path):
         prepare(tmp_path / "absent.h5ad", card(), "world")
     path = write_raw(tmp_path, make_counts())
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match="not a readable h5ad .*truncated"):
+    with pytest.raises(DataError, match=r"not a readable h5ad .*truncated"):
         prepare(path, card(), "world")
 
 
@@ -325,7 +342,7 @@ def test_sums_by_blocks(small_blocks, seed):
     assert (matrix.toarray() == dense).all()
     spans = list(row_blocks(matrix))
     assert len(spans) > 3 and spans[0].start == 0 and spans[-1].stop == 57
-    assert all(a.stop == b.start for a, b in zip(spans, spans[1:]))
+    assert all(a.stop == b.start for a, b in pairwise(spans))
     np.testing.assert_allclose(row_sums(matrix), dense.sum(1))
     np.testing.assert_allclose(row_sums(matrix, np.arange(23) < 5), dense[:, :5].sum(1))
     np.testing.assert_array_equal(column_counts(matrix), (dense > 0).sum(0))

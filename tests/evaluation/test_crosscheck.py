@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_world import World, make_world, prediction_of, write_world
+from evaluation_world import META, World, make_world, prediction_of, write_world
 
 from perturbed.config import EvaluationSpec
+from perturbed.data.contracts import Split, write_split
 from perturbed.evaluation.distances import energy_distance, mmd_multiscale, mmd_rbf
 from perturbed.evaluation.evaluate import evaluate
 from perturbed.evaluation.references import score_references
@@ -20,18 +22,25 @@ NORMAN = Path(__file__).parents[2] / "../shared/data/norman2019_combo1000.h5ad"
 needs_norman = pytest.mark.skipif(not NORMAN.is_file(), reason=f"{NORMAN.name} is not in ../shared/data")
 
 
-def norman(folder: Path, held_out: np.ndarray | None = None) -> World:
-    """The real cells untouched: singles and control train, doubles test, `held_out` control cells are tested."""
+@pytest.fixture(scope="module")
+def norman(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The real cells untouched: singles and control train, doubles test."""
     adata = anndata.read_h5ad(NORMAN)
     names = [CONTROL if c == "control" else join_genes(c.split("+")) for c in adata.obs["condition"].astype(str)]
     table = pd.DataFrame({"perturbation": names, "context": "all"}, index=adata.obs_names.astype(str))
     double = table.perturbation.str.contains("+", regex=False)
     table["part"] = np.where(double, "test", "train")
     table["subgroup"] = np.where(double, "combo_seen2", "")
-    if held_out is not None:
-        control = np.flatnonzero(table.perturbation == CONTROL)
-        table.iloc[control[held_out], table.columns.get_loc("part")] = "test"
-    return write_world(folder, adata.X.toarray(), table, list(adata.var_names.astype(str)))
+    return write_world(tmp_path_factory.mktemp("norman"), adata.X.toarray(), table, list(adata.var_names.astype(str)))
+
+
+def hold_out(world: World, path: Path, control: np.ndarray) -> World:
+    """The same cells with some of the control cells in the test part."""
+    table = world.table.copy()
+    rows = np.flatnonzero(table.perturbation == CONTROL)[control]
+    table.iloc[rows, table.columns.get_loc("part")] = "test"
+    write_split(path, Split(table[["perturbation", "part", "subgroup"]], META))
+    return replace(world, split=path, table=table)
 
 
 def floors(world: World) -> dict[str, dict[str, np.ndarray]]:
@@ -45,9 +54,11 @@ def floors(world: World) -> dict[str, dict[str, np.ndarray]]:
 
 
 @needs_norman
-def test_floors_of_the_real_cells(tmp_path: Path) -> None:
-    world = norman(tmp_path)
-    spec = EvaluationSpec(metrics=("pearson_delta_ctrl", "pearson_delta_pert", "l2_delta", "pearson_delta_ctrl_disjoint"))
+def test_floors_of_the_real_cells(norman: World) -> None:
+    world = norman
+    spec = EvaluationSpec(
+        metrics=("pearson_delta_ctrl", "pearson_delta_pert", "l2_delta", "pearson_delta_ctrl_disjoint")
+    )
     means = {}
     for name, rows in floors(world).items():
         as_stored = {p: row.astype(np.float32) for p, row in rows.items()}
@@ -70,20 +81,20 @@ def test_floors_of_the_real_cells(tmp_path: Path) -> None:
 
 
 @needs_norman
-def test_disjoint_controls_of_the_real_cells(tmp_path: Path) -> None:
+def test_disjoint_controls_of_the_real_cells(norman: World, tmp_path: Path) -> None:
     spec = EvaluationSpec(metrics=("pearson_delta_ctrl_disjoint",))
     rng = np.random.default_rng(3)
     values = []
     for draw in range(8):
-        world = norman(tmp_path / str(draw), rng.permutation(40)[:20])
+        world = hold_out(norman, tmp_path / f"{draw}.csv", rng.permutation(40)[:20])
         additive = evaluate(world.prepared, world.split, world.additive(), spec)
         values.append(additive["value"].mean())
     assert np.mean(values) == pytest.approx(0.53, abs=0.02)
 
 
 @needs_norman
-def test_duplicates_of_the_real_cells(tmp_path: Path) -> None:
-    world = norman(tmp_path)
+def test_duplicates_of_the_real_cells(norman: World) -> None:
+    world = norman
     spec = EvaluationSpec(metrics=("pearson_delta_ctrl", "l2_delta"), n_halves=4)
     table = score_references(world.prepared, world.split, None, spec)
     mean = table.groupby(["method", "metric"])["value"].mean()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from perturbed.models.nn.schedules import warm_up_linearly
+from perturbed.models.nn.schedules import fall_linearly, warm_up_linearly
 
 
 def test_weights_at_the_boundaries():
@@ -23,3 +23,9 @@ def test_never_leaves_the_unit_interval_and_never_falls():
 def test_negative_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="negative"):
         warm_up_linearly(*arguments)
+
+
+def test_falling_at_the_boundaries():
+    assert [fall_linearly(epoch, 5, 0.4, 0.0) for epoch in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+    assert {fall_linearly(epoch, 5, 0.4, 1.0) for epoch in range(5)} == {0.4}
+    assert fall_linearly(0, 1, 0.4, 0.1) == 0.4

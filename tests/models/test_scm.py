@@ -62,9 +62,10 @@ def test_the_zero_condition_is_the_base(condition_map):
     edges, inputs = scm.base.split(scm.sizes[:2])
     torch.testing.assert_close(mechanisms.edges[0], fill_strictly_lower(edges[None], 4)[0])
     torch.testing.assert_close(mechanisms.inputs[0], inputs.view(4, 3))
-    assert not mechanisms.shift[0].any()
-    assert not mechanisms.log_variance[0].any()
-    assert mechanisms.shift[1].any()
+    # f(0) − f(0) of the MLP is zero up to the order of its sums
+    assert mechanisms.shift[0].abs().max() < 1e-12
+    assert mechanisms.log_variance[0].abs().max() < 1e-12
+    assert mechanisms.shift[1].abs().max() > 0.1
 
 
 def test_a_linear_map_adds_the_shifts_of_any_number_of_genes():

@@ -9,7 +9,7 @@ import subprocess
 
 import pandas as pd
 import pytest
-from conftest import ROOT, Run
+from pipeline import ROOT, Run
 
 pytestmark = pytest.mark.workflow
 

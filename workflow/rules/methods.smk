@@ -29,7 +29,8 @@ rule fit:
         "Fit {wildcards.method} on {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}, seed {wildcards.seed}"
     shell:
         "perturbed fit --prepared {input.prepared} --split {input.split} --features {input.features}"
-        " --leakage {input.leakage} --method {params.method:q} --seed {wildcards.seed} --device {params.device}"
+        " --leakage {input.leakage} --method {params.method:q} --name {wildcards.method}"
+        " --seed {wildcards.seed} --device {params.device}"
         " --threads {threads} --checkpoint {params.checkpoint} --history {output.history} --out {output.model}"
         " 2>&1 | tee {log}"
 

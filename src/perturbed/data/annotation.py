@@ -16,6 +16,8 @@ from perturbed.names import CONTROL, genes_of
 
 log = logging.getLogger(__name__)
 
+_MISSING = ("", "nan")
+"""What cards call a missing value; it need not occur."""
 RESERVED = ("perturbation", "n_perturbed", "context")
 
 
@@ -91,7 +93,7 @@ def dropped_genes(names: pd.Index, keys: Keys) -> np.ndarray:
 
 
 def dropped_cells(obs: pd.DataFrame, keys: Keys, where: str) -> np.ndarray:
-    """Which cells the card drops (n_obs,); a missing value is spelt as the empty string.
+    """Which cells the card drops (n_obs,); the empty string and `nan` stand for a missing value too.
 
     Raises
     ------
@@ -103,9 +105,9 @@ def dropped_cells(obs: pd.DataFrame, keys: Keys, where: str) -> np.ndarray:
         text = texts(column_of(obs, column, "keys.drop", where))
         present = set(text)
         for value in values:
-            if value and value not in present:
+            if value not in (*_MISSING, *present):
                 raise DataError(f"{where}: keys.drop: no cell has {column} {value!r}; {_nearest(value, present)}")
-        mask |= pd.Index(text).isin(list(values))
+        mask |= pd.Index(text).isin([*values, *([""] if set(values) & set(_MISSING) else [])])
     for column, patterns in keys.drop_matching.items():
         text = texts(column_of(obs, column, "keys.drop_matching", where))
         present = set(text)

@@ -195,6 +195,7 @@ class Features:
 
     @property
     def genes(self) -> pd.Index:
+        """Gene names, in the order of every matrix made from these features."""
         return self.table.index
 
     @property
@@ -271,11 +272,13 @@ def write_prediction(path: str | Path, prediction: Prediction) -> None:
     adata.uns["refused"] = json.dumps(prediction.refused, sort_keys=True)
     adata.uns["meta"] = json.dumps(prediction.meta, sort_keys=True)
     _check_prediction(adata, path)
-    if prediction.cells is not None:
-        rows = np.repeat(np.arange(len(obs)), [len(block) for block in prediction.cells])
-        cells = anndata.AnnData(np.vstack(prediction.cells).astype(np.float32), obs=obs.iloc[rows], var=var)
-        cells.obs_names = [f"{name}|{i}" for i, name in enumerate(cells.obs_names)]
-        write_h5ad(Path(path).with_name("cells.h5ad"), cells)
+    beside = Path(path).with_name("cells.h5ad")
+    if prediction.cells is None:
+        beside.unlink(missing_ok=True)  # of an earlier prediction; it would be read as this one's
+    else:
+        rows = obs.iloc[np.repeat(np.arange(len(obs)), [len(block) for block in prediction.cells])]
+        rows = rows.set_axis([f"{name}|{i}" for i, name in enumerate(rows.index)])
+        write_h5ad(beside, anndata.AnnData(np.vstack(prediction.cells).astype(np.float32), obs=rows, var=var))
     write_h5ad(path, adata)
 
 
@@ -327,7 +330,7 @@ def _check_prediction(adata: AnnData, path: str | Path) -> None:
 
 def write_scores(path: str | Path, scores: pd.DataFrame) -> None:
     """Write the long table of scores, sorted by its keys."""
-    table = scores.loc[:, list(SCORE_COLUMNS)].sort_values(list(SCORE_COLUMNS[:8]) + ["metric"], kind="stable")
+    table = scores.loc[:, list(SCORE_COLUMNS)].sort_values([*SCORE_COLUMNS[:8], "metric"], kind="stable")
     types: dict[str, Any] = {
         "fold": int,
         "seed": int,

@@ -210,9 +210,11 @@ def _lanczos(values: sparse.csr_matrix, mean: np.ndarray, n_pcs: int, seed: int)
     n_cells, n_genes = values.shape
 
     def apply(vector: np.ndarray) -> np.ndarray:
+        vector = vector.ravel()  # scipy passes a column at times
         return wide @ vector - mean @ vector
 
     def apply_transposed(vector: np.ndarray) -> np.ndarray:
+        vector = vector.ravel()
         return turned @ vector - mean * vector.sum()
 
     operator: Any = LinearOperator((n_cells, n_genes), matvec=apply, rmatvec=apply_transposed, dtype=np.float64)

@@ -112,6 +112,7 @@ def prepare(raw_path: str | Path, card: Card, name: str) -> AnnData:
         raise DataError(f"{where}: keys.drop drops every cell; correct it in the card")
     labels = label_cells(obs[kept], card.keys, var, where)
     _check_raw(values, labels, card, where)
+    check_expectations({"n_kept": int(kept.sum()), "n_genes": int((~no_gene).sum())}, card.expect, where)
     dropped: dict[str, Any] = {"keys.drop": int((~kept).sum()), "keys.drop_genes": int(no_gene.sum())}
 
     obs, var = obs[kept], var[~no_gene]

@@ -102,6 +102,18 @@ class Case:
             raise Undefined("no effect predicted")
         return self.predicted_effect
 
+    @cached_property
+    def discrimination(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Observed effects of all peers and the predicted one, both 0 at the perturbed genes; row of the own one."""
+        peers = self.truth.peers(self.index)
+        effects = self.truth.mean[peers]
+        effects -= self.control
+        predicted = self.predicted_effect.copy()
+        targets = self.truth.targets[self.index]
+        effects[:, targets] = 0.0
+        predicted[targets] = 0.0
+        return effects, predicted, int(np.flatnonzero(peers == self.index)[0])
+
     # --- cells ------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -144,9 +156,12 @@ class Case:
         return SHIFTED if self.prediction.cells is None else ""
 
     def predicted_cells(self, n: int) -> np.ndarray:
-        """`n` predicted cells (n, n_genes): sampled ones, or control cells shifted by the predicted effect."""
+        """At most `n` sampled cells, or exactly `n` control cells shifted by the predicted effect (n, n_genes).
+
+        Where there are fewer control cells than `n`, they repeat.
+        """
         if self.prediction.cells is None:
-            return self.truth.pool.cells[self._stand_in[:n]].toarray() + self.predicted_effect
+            return self.truth.pool.cells[np.resize(self._stand_in, n)].toarray() + self.predicted_effect
         chosen = self.prediction.cells[self._sample_order[:n]]
         return chosen if isinstance(chosen, np.ndarray) else np.asarray(chosen.toarray())
 

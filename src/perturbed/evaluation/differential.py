@@ -68,12 +68,22 @@ def add_up(groups: Sequence[Moments]) -> Moments:
 
 @dataclass(frozen=True)
 class Differential:
-    """A test per gene: `effect` (difference of means), statistic `t`, `p`, and `adjusted` p (Benjamini–Hochberg)."""
+    """A test per gene: `effect` (difference of means), statistic `t` and its degrees of `freedom`."""
 
     effect: np.ndarray
     t: np.ndarray
-    p: np.ndarray
-    adjusted: np.ndarray
+    freedom: np.ndarray
+
+    @cached_property
+    def p(self) -> np.ndarray:
+        """Two-sided p-value (n_genes,)."""
+        sure = np.where(self.t == 0, 1.0, 0.0)  # where the degrees of freedom are 0/0, both groups are constant
+        return np.where(np.isnan(self.freedom), sure, 2 * special.stdtr(self.freedom, -np.abs(self.t)))
+
+    @cached_property
+    def adjusted(self) -> np.ndarray:
+        """Benjamini–Hochberg adjusted p-value (n_genes,)."""
+        return adjust_bh(self.p)
 
     def ranked(self) -> np.ndarray:
         """Gene positions from most to least differential: by |t|, then |effect|, then position."""
@@ -95,14 +105,12 @@ def welch_t(group: Moments, reference: Moments) -> Differential:
         raise ValueError("Welch's test needs two cells in each group")
     effect = group.mean - reference.mean
     a, b = group.variance / group.n, reference.variance / reference.n
-    scale = np.maximum(np.abs(group.mean), np.abs(reference.mean))
-    same = np.abs(effect) <= _ROUNDING * scale
+    same = np.abs(effect) <= _ROUNDING * np.maximum(np.abs(group.mean), np.abs(reference.mean))
     effect = np.where(same, 0.0, effect)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(same, 0.0, effect / np.sqrt(a + b))
         freedom = (a + b) ** 2 / (a**2 / (group.n - 1) + b**2 / (reference.n - 1))
-        p = np.where(a + b > 0, 2 * special.stdtr(freedom, -np.abs(t)), np.where(same, 1.0, 0.0))
-    return Differential(effect, t, p, adjust_bh(p))
+    return Differential(effect, t, freedom)
 
 
 def adjust_bh(p: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 def median_bandwidth(x: np.ndarray) -> float:
     """Median Euclidean distance between two different rows of `x`."""
     upper = np.triu_indices(len(x), k=1)
-    return float(np.sqrt(np.median(_within(x)[upper])))
+    return float(np.median(np.sqrt(_within(x)[upper])))
 
 
 def mmd_rbf(x: np.ndarray, y: np.ndarray, bandwidth: float) -> float:
@@ -65,8 +65,7 @@ def mmd_multiscale(
     The diagonal counts, so the value is never negative and is above 0 for two samples of one distribution.
     """
     widths = width * factor ** (np.arange(n_kernels) - n_kernels // 2)
-
-    def mean_kernel(squared: np.ndarray) -> float:
-        return float(sum(np.exp(-squared / w).mean() for w in widths))
-
-    return mean_kernel(_within(x)) + mean_kernel(_within(y)) - 2 * mean_kernel(squared_distances(x, y))
+    squared = _within(np.vstack([x, y]))
+    kernel = np.sum([np.exp(-squared / w) for w in widths], axis=0)
+    n = len(x)
+    return float(kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean())

@@ -52,10 +52,6 @@ def load_truth(
         cells = _join(file, frozen, prepared, split)
         kept = _draw_kept(cells, spec)
         moments, matrix = _stream(file, columns, cells, kept)
-        if chosen is None:
-            centre, loadings = _fit_pca(file, columns, cells, spec)
-        else:
-            centre, loadings = chosen.mean, chosen.loadings
         genes = pd.DataFrame({"name": file.var.index.astype(str), "symbol": file.var["symbol"].astype(str).to_numpy()})
     header = {
         "dataset": frozen.header.get("dataset", Path(prepared).stem),
@@ -64,7 +60,13 @@ def load_truth(
         "split_sha256": frozen.header["sha256"],
     }
     _check_controls(moments, split)
-    pool = Pool(matrix, np.asarray(centre, dtype=np.float64), np.asarray(loadings, dtype=np.float64))
+
+    def basis() -> tuple[np.ndarray, np.ndarray]:
+        if chosen is not None:
+            return chosen.mean, chosen.loadings
+        return _fit_pca(prepared, columns, cells, spec)
+
+    pool = Pool(matrix, basis)
     return _assemble(genes.iloc[columns], cells, kept, moments, pool, spec, header)
 
 
@@ -152,14 +154,15 @@ def _stream(
 
 
 def _fit_pca(
-    file: CellFile, columns: np.ndarray, cells: pd.DataFrame, spec: EvaluationSpec
+    prepared: str | Path, columns: np.ndarray, cells: pd.DataFrame, spec: EvaluationSpec
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and PCA loadings of training cells, where no features.csv brings them."""
     from sklearn.decomposition import PCA
 
     training = cells["position"].to_numpy()[~cells["test"].to_numpy()]
     training = generator(spec.seed, "pca").permutation(training)[:_PCA_CELLS]
-    matrix = file.take(training, columns).astype(np.float64)
+    with CellFile(prepared) as file:
+        matrix = file.take(training, columns).astype(np.float64)
     count = min(_PCA_COMPONENTS, min(matrix.shape) - 1)
     pca = PCA(count, svd_solver="arpack", random_state=spec.seed).fit(matrix)
     return pca.mean_, pca.components_.T

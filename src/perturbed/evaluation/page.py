@@ -63,9 +63,9 @@ are any, else training ones), Benjamini–Hochberg at 5 %; "top" are the `n_top_
 | `noise_free_additive` | in a simulation, noise-free control plus noise-free single effects | – |
 
 Correlations are carried to two samples of the full size by Spearman–Brown, `2r / (1 + r)`, errors by the halved
-sampling variance, taking the scatter of the truth itself as unchanged; the disjoint-control correlation, whose
-controls do not grow with the cells, by `r √(v_A v_B / ((v_A − s²/2)(v_B − s²/2)))` with the variances over genes of
-both sides and `s² = Var_g(x_A − x_B) / 2`. A noise-free predictor can score above the technical duplicate: its
+sampling variance, R² by that and by what the scatter of the truth loses with it; the disjoint-control correlation,
+whose controls do not grow with the cells, by `r √(v_A v_B / ((v_A − s²/2)(v_B − s²/2)))` with the variances over
+genes of both sides and `s² = Var_g(x_A − x_B) / 2`. A noise-free predictor can score above the technical duplicate: its
 correlation is about the square root of the corrected one, its error √½ of it. The interpolated duplicate is scored
 against one half of the cells, so its errors hold more sampling noise than those of methods: a conservative ceiling.
 

@@ -4,8 +4,9 @@
     One random half of a condition's test cells predicts the other, averaged over `n_halves`. Halves are noisier than
     the whole, so the average is carried to two samples of the full n as each metric's `to_full_n` says: correlations by
     Spearman–Brown, ``2r / (1 + r)``; errors by the halved sampling variance (squared ones times ½, plain ones times
-    √½, the residual share of an R² times ½); the disjoint-control correlation, whose controls do not grow with the
-    cells, by taking half of the sampling variance ``s² = Var_g(x_A − x_B) / 2`` out of both variances,
+    √½); the residual share ``u = 1 − R²`` by ``2u / (4 − u)``, since the scatter of the truth loses half of that
+    variance too; the disjoint-control correlation, whose controls do not grow with the cells, by taking half of the
+    sampling variance ``s² = Var_g(x_A − x_B) / 2`` out of both variances,
     ``r √(v_A v_B / ((v_A − s²/2)(v_B − s²/2)))``. Ranks, differential expression, unbiased distances and the published
     cell-level numbers have no such law and stay as the halves give them.
 `interpolated_duplicate`
@@ -155,15 +156,20 @@ def _disjoint_factor(observed: Truth, other: Truth, index: int) -> float:
 
 
 def carry_to_full_n(value: np.ndarray, correction: Correction) -> np.ndarray:
-    """Carry scores of one half against the other to one full sample against another."""
+    """Carry scores of one half against the other to one full sample against another.
+
+    Outside the range that sampling noise alone can explain (r below 0, R² below −1) Spearman–Brown is mirrored and R²
+    stays as it is; both join on smoothly or at least without a step.
+    """
     if correction == "spearman_brown":
-        return 2 * value / (1 + value)
+        return 2 * value / (1 + np.abs(value))
     if correction == "half":
         return value / 2
     if correction == "root_half":
         return value * np.sqrt(0.5)
     if correction == "half_residual":
-        return 1 - (1 - value) / 2
+        residual = 1 - value
+        return 1 - np.where(residual < 2, 2 * residual / (4 - np.minimum(residual, 2)), residual)
     return value
 
 

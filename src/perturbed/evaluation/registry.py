@@ -133,7 +133,7 @@ _CORRECTIONS = {
     "variance_components": "r, with half of the sampling variance of the cells taken out of both variances",
     "half": "half the value",
     "root_half": "the value times √½",
-    "half_residual": "1 − (1 − value) / 2",
+    "half_residual": "1 − 2u / (4 − u), u = 1 − value",
     "plain": "none, the halves as they are",
 }
 _LEVELS = {"mean": "means", "cells": "means and cells", "set": "all test perturbations together"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -34,17 +34,28 @@ class Pool:
     ----------
     cells
         Log-normalised expression, CSR (n_kept, n_genes).
-    centre, loadings
-        PCA of the training cells (n_genes,), (n_genes, n_pcs).
+    fit
+        Gives mean (n_genes,) and PCA loadings (n_genes, n_pcs) of the training cells; called when first needed.
     """
 
     cells: sparse.csr_matrix
-    centre: np.ndarray
-    loadings: np.ndarray
+    fit: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+    @cached_property
+    def basis(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (n_genes,) and PCA loadings (n_genes, n_pcs) of the training cells, float64."""
+        centre, loadings = self.fit()
+        return np.asarray(centre, dtype=np.float64), np.asarray(loadings, dtype=np.float64)
+
+    @property
+    def loadings(self) -> np.ndarray:
+        """PCA loadings (n_genes, n_pcs)."""
+        return self.basis[1]
 
     def project(self, values: np.ndarray | sparse.csr_matrix) -> np.ndarray:
         """PCA scores of rows of expression (n, n_pcs)."""
-        return np.asarray(values @ self.loadings) - self.centre @ self.loadings
+        centre, loadings = self.basis
+        return np.asarray(values @ loadings) - centre @ loadings
 
     @cached_property
     def scores(self) -> np.ndarray:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from perturbed.errors import DataError
-from perturbed.figures.inputs import Page
+from perturbed.figures.inputs import NothingToDraw, Page
 from perturbed.figures.overview import order_methods, pick_metrics
 from perturbed.figures.scatter import SUBGROUP_TITLES
 from perturbed.figures.style import (
@@ -21,6 +20,7 @@ from perturbed.figures.style import (
     look_of,
     new_figure,
     title_of,
+    write_in_row,
     write_undefined,
 )
 
@@ -41,9 +41,7 @@ def draw_contrasts(page: Page) -> tuple[Figure, pd.DataFrame]:
     table = table[table["metric"].isin(metrics)]
     baselines = [name for name in page.spec.baselines if name in set(table["baseline"])]
     if not baselines:
-        raise DataError(
-            f"figure {page.name}: no contrast with {', '.join(page.spec.baselines)}; add one to the methods"
-        )
+        raise NothingToDraw(f"no method was compared with {', '.join(page.spec.baselines)}")
     order = order_methods(page.table("summary"), page.spec.primary_metric)
     methods = [name for name in order if name in set(table["method"])]
     figure = new_figure(WIDTH, len(metrics) * (0.75 + 0.21 * len(methods)) + 0.6)
@@ -72,7 +70,7 @@ def _draw_forest(axes: Axes, table: pd.DataFrame, methods: list[str], baseline: 
     at_right: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
     for y, name in enumerate(methods):
         if name == baseline:
-            axes.annotate("is the baseline", (0.02, y), style="italic", color=GREY, **at_right)
+            write_in_row(axes, y, "is the baseline")
             continue
         row: dict[Any, Any] = table.loc[name].to_dict() if name in table.index else {"difference": np.nan}
         if not np.isfinite(row["difference"]):
@@ -111,7 +109,7 @@ def draw_strata(page: Page) -> tuple[Figure, pd.DataFrame]:
     table = page.table("strata")
     table = table[(table["metric"] == metric) & (~table["reference"] | (table["method"] == "technical_duplicate"))]
     if table.empty:
-        raise DataError(f"figure {page.name}: strata.csv has no row for {metric}; rerun `perturbed summarise`")
+        raise NothingToDraw(f"no stratum has a score for {metric}")
     order = order_methods(page.table("summary"), metric)
     methods = [name for name in (*order, "technical_duplicate") if name in set(table["method"])]
     kinds = [kind for kind in ("effect_size", "subgroup") if kind in set(table["kind"])]

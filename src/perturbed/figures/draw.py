@@ -12,10 +12,10 @@ from perturbed.config import StatisticsSpec
 from perturbed.errors import ConfigError, suggest
 from perturbed.figures.comparisons import draw_calibration, draw_contrasts, draw_strata
 from perturbed.figures.expression import draw_embedding, draw_hardest_easiest
-from perturbed.figures.inputs import FigureInputs, Page
+from perturbed.figures.inputs import FigureInputs, NothingToDraw, Page
 from perturbed.figures.overview import draw_overview
 from perturbed.figures.scatter import draw_scatter
-from perturbed.figures.style import RC, save
+from perturbed.figures.style import RC, draw_note, save
 from perturbed.figures.training import draw_training_curves
 
 if TYPE_CHECKING:
@@ -76,5 +76,8 @@ def draw_figure(
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever matplotlibrc the user has
         mpl.rcParams.update(RC)
-        figure, source = FIGURES[name](page)
+        try:
+            figure, source = FIGURES[name](page)
+        except NothingToDraw as reason:
+            figure, source = draw_note(f"Figure {name} of this run is empty: {reason}.")
         save(figure, source, Path(out_stem))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from perturbed.errors import DataError
-from perturbed.figures.inputs import Page
+from perturbed.figures.inputs import NothingToDraw, Page
 from perturbed.figures.overview import order_methods
 from perturbed.figures.style import GREY, OKABE_ITO, arrange_panels, label_metric, look_of, new_figure, title_of
 from perturbed.names import genes_of
@@ -62,9 +62,7 @@ def _score_perturbations(page: Page, method: str, available: set[str]) -> pd.Ser
     rows = table[(table["method"] == method) & table["value"].notna() & table["perturbation"].isin(available)]
     if rows.empty:
         metric = page.spec.primary_metric
-        raise DataError(
-            f"figure {page.name}: {method} has no defined {metric}; choose another statistics.primary_metric"
-        )
+        raise NothingToDraw(f"{method} has no defined {metric}")
     value = rows.set_index("perturbation")["value"]
     good = -(value - 1).abs() if direction == 0 else direction * value
     return value.loc[good.sort_values(kind="stable").index]
@@ -133,7 +131,7 @@ def draw_embedding(page: Page) -> tuple[Figure, pd.DataFrame]:
     rows, columns = arrange_panels(len(methods), 3)
     spans = table[["pc1", "pc2"]].max() - table[["pc1", "pc2"]].min()
     shape = float(np.clip(spans["pc2"] / spans["pc1"], 0.5, 1.4)) if spans["pc1"] > 0 else 1.0
-    figure = new_figure(3.3 * columns + 0.4, (3.0 * shape + 0.4) * rows + 0.6)
+    figure = new_figure(3.3 * columns + 0.4, (3.0 * shape + 0.4) * rows + 0.6, "compressed")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, name, part in zip(panels, methods, parts):
         _draw_means(axes, part, look_of(name, methods).colour)

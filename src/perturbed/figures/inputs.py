@@ -17,6 +17,10 @@ _TEXT = (
 )  # fmt: skip
 
 
+class NothingToDraw(Exception):
+    """The input is in order, but this figure has nothing to show for this run; the figure then says so."""
+
+
 @dataclass(frozen=True)
 class FigureInputs:
     """Files a figure may read; each figure names those it needs.
@@ -85,7 +89,8 @@ class Page:
             raise DataError(
                 f"figure {self.name}: needs the folder of summary tables; make it with `perturbed summarise`"
             )
-        return self._select([_read_csv(self.inputs.tables / f"{name}.csv", "summarise")], self.inputs.tables)
+        path = self.inputs.tables / f"{name}.csv"
+        return self._select([_read_csv(path, "summarise")], path)
 
     def embeddings(self) -> pd.DataFrame:
         """Rows of this dataset and split in the embeddings."""
@@ -102,7 +107,7 @@ class Page:
         paths = self._given("deltas", "deltas.parquet", "evaluate")
         wanted = {"dataset": self.dataset, "split": self.split, **equal}
         wanted = {column: value for column, value in wanted.items() if value}
-        parts = []
+        parts, n_read = [], 0
         for path in paths:
             if not path.is_file():
                 raise DataError(f"{path}: no such file; make it with `perturbed evaluate`")
@@ -112,9 +117,12 @@ class Page:
                 raise DataError(
                     f"{path}: not a readable table of deltas ({' '.join(str(error).split())[:120]})"
                 ) from None
+            n_read += len(part)
             for column, value in wanted.items():
                 part = part[part[column] == value]
             parts.append(part)
+        if n_read and not any(map(len, parts)):
+            raise self._no_row(paths[0])
         return self._select(parts, paths[0])
 
     def _given(self, kind: str, file: str, verb: str) -> tuple[Path, ...]:
@@ -124,17 +132,22 @@ class Page:
         return paths
 
     def _select(self, parts: Sequence[pd.DataFrame], path: Path) -> pd.DataFrame:
-        joined = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
-        if len(joined):
-            for column in ("dataset", "split"):
-                name = getattr(self, column)
-                joined = joined[joined[column] == name] if name else joined
+        parts = [part for part in parts if len(part)]
+        if not parts:
+            raise NothingToDraw(f"{path.name} holds no row; see the caption for what this figure needs")
+        joined = pd.concat(parts, ignore_index=True)
+        for column in ("dataset", "split"):
+            name = getattr(self, column)
+            joined = joined[joined[column] == name] if name else joined
         if joined.empty:
-            where = f"dataset {self.dataset or 'any'!r}, split {self.split or 'any'!r}"
-            raise DataError(
-                f"figure {self.name}: {path} has no row for {where}; check the names or rerun the stage before"
-            )
+            raise self._no_row(path)
         return joined.reset_index(drop=True)
+
+    def _no_row(self, path: Path) -> DataError:
+        where = f"dataset {self.dataset or 'any'!r}, split {self.split or 'any'!r}"
+        return DataError(
+            f"figure {self.name}: {path} has no row for {where}; check the names or rerun the stage before"
+        )
 
 
 def _read_csv(path: Path, verb: str) -> pd.DataFrame:

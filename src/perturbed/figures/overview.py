@@ -109,6 +109,8 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, rows: Sequence[str], n_methods:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(hint(direction), fontsize=8, color=GREY)
     axes.locator_params(axis="x", nbins=5)
+    if table["mean"].isna().all():
+        axes.set_xticks([])
 
 
 def _draw_levels(axes: Axes, table: pd.DataFrame) -> None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from perturbed.errors import DataError
-from perturbed.figures.inputs import Page
+from perturbed.figures.inputs import NothingToDraw, Page
 from perturbed.figures.overview import order_methods
 from perturbed.figures.style import GREY, MARKERS, arrow, label_metric, new_figure, title_of
 
@@ -34,7 +33,7 @@ def draw_scatter(page: Page) -> tuple[Figure, pd.DataFrame]:
     of_metric = summary[(summary["metric"] == metric) & ~summary["reference"] & summary["mean"].notna()]
     best = order_methods(of_metric, metric)[:2]
     if len(best) < 2:
-        raise DataError(f"figure {page.name}: fewer than two methods have a defined {metric}; add a method to the run")
+        raise NothingToDraw(f"fewer than two methods have a defined {metric}")
     direction = int(of_metric["direction"].iloc[0])
     described = table.groupby("perturbation")[["subgroup", "effect_size"]].first()
     wide = described.join(table.pivot(index="perturbation", columns="method", values="value")[best]).reset_index()
@@ -79,10 +78,12 @@ def _draw_points(figure: Figure, axes: Axes, wide: pd.DataFrame, best: list[str]
     edge = low + 0.01 * (high - low)
     one: dict[str, Any] = {"ls": "", "ms": 8, "mew": 1.2, "color": GREY, "clip_on": False}
     only_y, only_x = (wide[~defined & wide[name].notna()][name] for name in best)
-    axes.plot(np.full(len(only_y), edge), only_y, marker="_", **one)
+    if len(only_y):  # an empty line would still take part in the layout, at the origin
+        axes.plot(np.full(len(only_y), edge), only_y, marker="_", **one)
     uneven = bool(len(only_y) or len(only_x))
-    axes.plot(only_x, np.full(len(only_x), edge), marker="|", **one)
-    axes.set(xlim=(low, high), ylim=(low, high), box_aspect=1)
+    if len(only_x):
+        axes.plot(only_x, np.full(len(only_x), edge), marker="|", **one)
+    axes.set(xlim=(low, high), ylim=(low, high))
     figure.colorbar(points, ax=axes, label="effect size: ‖observed Δ‖₂", shrink=0.8)
     handles = [
         Line2D([], [], ls="", marker=marker, color=GREY, label=f"{SUBGROUP_TITLES.get(name, name or 'all')} ({count})")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -63,21 +63,31 @@ METRIC_TITLES = {
     "pearson_delta_pert": "Pearson Δ vs perturbed mean",
     "pearson_delta_ctrl": "Pearson Δ vs control",
     "pearson_delta_ctrl_disjoint": "Pearson Δ, disjoint controls",
+    "pearson_delta_ctrl_top_de": "Pearson Δ, top DE genes",
+    "cosine": "Cosine of Δ",
     "l2_delta": "L2 of Δ",
     "rmse": "RMSE",
+    "rmse_top_de": "RMSE, top DE genes",
     "rmse_relative": "Relative RMSE",
+    "rmse_relative_sampled": "Relative RMSE, sampled cells",
     "mae": "MAE",
+    "wmse": "Weighted MSE",
     "r2": "R²",
+    "r2_top_de": "R², top DE genes",
+    "r2_delta_weighted": "Weighted R² of Δ",
+    "r2_cells": "R² of cells",
     "r2_published": "R² as published (clipped)",
-    "cosine": "Cosine of Δ",
     "pds_l1": "Perturbation discrimination, L1",
     "pds_cosine": "Perturbation discrimination, cosine",
     "centroid_accuracy": "Centroid accuracy",
     "de_overlap": "DE overlap",
     "de_direction": "DE direction match",
+    "de_pr_auc": "DE PR-AUC",
     "e_distance": "E-distance",
-    "mmd": "MMD",
-    "mode_collapse": "Mode-collapse ratio",
+    "mmd_rbf": "MMD, RBF kernel",
+    "mmd_published": "MMD as published",
+    "effect_size_ratio": "Effect-size ratio",
+    "spread_ratio": "Spread ratio (mode collapse)",
 }
 
 KEY_METRICS = (
@@ -139,26 +149,34 @@ def hint(direction: int) -> str:
     return {1: "higher is better →", -1: "← lower is better"}.get(direction, "best at 1")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that needs no display, with constrained layout."""
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    """An empty figure that needs no display; `compressed` suits panels of fixed shape."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.05)  # type: ignore[union-attr, call-arg]
     return figure
 
 
+def write_in_row(axes: Axes, y: float, text: str) -> None:
+    """Put a remark where a row has no point; lines behind it stay apart from it."""
+    look: dict[str, Any] = {"va": "center", "fontsize": 7.5, "style": "italic", "color": GREY}
+    white = {"facecolor": "white", "alpha": 0.85, "pad": 0.6, "lw": 0}
+    axes.annotate(text, (0.02, y), xycoords=("axes fraction", "data"), bbox=white, **look)
+
+
 def write_undefined(axes: Axes, y: float) -> None:
     """Say in a row of a horizontal plot that there is no score."""
-    axes.annotate(
-        "undefined",
-        (0.02, y),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=7.5,
-        style="italic",
-        color=GREY,
-    )
+    write_in_row(axes, y, "undefined")
+
+
+def draw_note(text: str) -> tuple[Figure, pd.DataFrame]:
+    """A figure that says why there is nothing to draw."""
+    figure = new_figure(WIDTH * 0.7, 1.2)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, fill(text, 90), ha="center", va="center", style="italic", color=GREY)
+    return figure, pd.DataFrame({"note": [text]})
 
 
 def save(figure: Figure, source: pd.DataFrame, stem: Path) -> None:

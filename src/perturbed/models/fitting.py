@@ -32,6 +32,7 @@ def fit_model(
     features: Path,
     out: Path,
     *,
+    name: str = "",
     leakage: Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -60,7 +61,7 @@ def fit_model(
     method.fit(data, run)
     meta = {key: header.get(key) for key in ("dataset", "split", "fold", "sha256")}
     if history is not None:
-        _write_history(history, rows, {**meta, "seed": seed})
+        _write_history(history, rows, {**meta, "method": name or method_spec.title, "seed": seed})
     save_model(out, method, method_spec, {**meta, "seed": seed})
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -81,7 +82,7 @@ def predict_split(
     for name, reason in sorted(prediction.refused.items()):
         log.info("not predicted: %s (%s)", name, reason)
     header = frozen.header
-    meta = {key: header[key] for key in ("dataset", "split", "fold") if key in header}
+    meta: dict[str, Any] = {key: header[key] for key in ("dataset", "split", "fold") if key in header}
     meta |= {"method": method, "seed": seed, "split_sha256": header.get("sha256")}
     write_prediction(out, replace(prediction, meta=meta))
 
@@ -114,7 +115,7 @@ def _write_history(path: Path, rows: list[dict[str, float]], meta: Mapping[str, 
     """Write the loss terms by epoch as a long table; empty but with its header for methods that do not train."""
     long = [(row["epoch"], term, value) for row in rows for term, value in row.items() if term != "epoch"]
     table = pd.DataFrame(long, columns=["epoch", "term", "value"]).astype({"epoch": int})
-    for key in ("seed", "fold", "split", "dataset"):
+    for key in ("seed", "method", "fold", "split", "dataset"):
         table.insert(0, key, meta.get(key))
     with atomic(path) as part:
         table.to_csv(part, index=False, float_format="%.9g", lineterminator="\n")

@@ -23,7 +23,7 @@ def _square_sum(batch: sparse.csr_matrix) -> float:
 
 
 def _total(batch: sparse.csr_matrix) -> np.ndarray:
-    return np.asarray(batch.sum(axis=0, dtype=np.float64)).ravel()
+    return np.asarray(batch.T @ np.ones(batch.shape[0]))  # float64 throughout; the matrix's own sum is float32
 
 
 def _squared_error(batch: sparse.csr_matrix, predicted: np.ndarray) -> float:
@@ -146,7 +146,9 @@ def r2_cells(case: Case) -> Value:
 def mmd_published(case: Case) -> Value:
     """The predecessor's MMD between predicted and observed cells, batch by batch."""
     batches, note = case.batches()
-    cells = case.predicted_cells(sum(batch.shape[0] for batch in batches))
+    n = sum(batch.shape[0] for batch in batches)
+    cells = case.predicted_cells(n)
+    repeats = f"{case.n_predicted_cells} cells repeated" if len(cells) > case.n_predicted_cells else ""
     values = []
     for i, batch in enumerate(batches):
         sampled = cells[i * BATCH : i * BATCH + batch.shape[0]]
@@ -154,4 +156,4 @@ def mmd_published(case: Case) -> Value:
             values.append(mmd_multiscale(sampled, batch.toarray()))
     if not values:
         raise Undefined("too few predicted cells for one batch")
-    return _with_note(values, "; ".join(filter(None, (case.cells_note, note))))
+    return _with_note(values, "; ".join(filter(None, (case.cells_note, repeats, note))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from perturbed.evaluation.case import Case
 from perturbed.evaluation.registry import Undefined, metric
@@ -25,17 +26,6 @@ def mid_rank_score(distances: np.ndarray, own: int) -> float:
     return float(1 - nearer / len(others))
 
 
-def _effects(case: Case) -> tuple[np.ndarray, np.ndarray, int]:
-    """Observed effects of all peers and the predicted one, without the perturbed genes; the position of the own one."""
-    peers = case.truth.peers(case.index)
-    effects = case.truth.mean[peers] - case.control
-    predicted = case.predicted_effect.copy()
-    targets = case.truth.targets[case.index]
-    effects[:, targets] = 0.0
-    predicted[targets] = 0.0
-    return effects, predicted, int(np.flatnonzero(peers == case.index)[0])
-
-
 @metric(
     formula="1 − r / (N − 1), r = #{j: ‖Δ̂_p − Δ_j‖₁ < ‖Δ̂_p − Δ_p‖₁} with ties counting half, perturbed genes left out",
     direction=1,
@@ -50,8 +40,8 @@ def _effects(case: Case) -> tuple[np.ndarray, np.ndarray, int]:
 )
 def pds_l1(case: Case) -> float:
     """Perturbation discrimination score: rank of the own observed effect among all by L1 distance to the prediction."""
-    effects, predicted, own = _effects(case)
-    return mid_rank_score(np.abs(effects - predicted).sum(axis=1), own)
+    effects, predicted, own = case.discrimination
+    return mid_rank_score(cdist(predicted[None], effects, "cityblock")[0], own)
 
 
 @metric(
@@ -69,7 +59,7 @@ def pds_l1(case: Case) -> float:
 def pds_cosine(case: Case) -> float:
     """Perturbation discrimination score by cosine: the direction alone has to tell the perturbations apart."""
     case.require_effect()
-    effects, predicted, own = _effects(case)
+    effects, predicted, own = case.discrimination
     norms = np.linalg.norm(effects, axis=1) * np.linalg.norm(predicted)
     if (norms == 0).any():
         raise Undefined("an effect is zero outside the perturbed genes")
@@ -91,5 +81,5 @@ def pds_cosine(case: Case) -> float:
 def centroid_accuracy(case: Case) -> float:
     """Share of other observed means that lie farther from the prediction than its own, all genes, Euclidean."""
     peers = case.truth.peers(case.index)
-    distances = np.sum((case.truth.mean[peers] - case.predicted) ** 2, axis=1)
+    distances = cdist(case.predicted[None], case.truth.mean[peers], "sqeuclidean")[0]
     return mid_rank_score(distances, int(np.flatnonzero(peers == case.index)[0]))

@@ -26,3 +26,19 @@ def warm_up_linearly(epoch: int, n_epochs: int, delay: int = 0) -> float:
     if min(epoch, n_epochs, delay) < 0:
         raise ValueError(f"epoch, n_epochs and delay must not be negative, got {epoch}, {n_epochs}, {delay}")
     return min(1.0, max(0.0, (epoch - delay + 1) / (n_epochs + 1)))
+
+
+def fall_linearly(epoch: int, n_epochs: int, start: float, final_share: float) -> float:
+    """Value that falls from `start` in the first epoch to `final_share · start` in the last.
+
+    Parameters
+    ----------
+    epoch
+        Epoch, counted from 0.
+    n_epochs
+        Epochs of the whole run.
+    start, final_share
+        First value, and the share of it that is left in epoch `n_epochs − 1`.
+    """
+    progress = epoch / (n_epochs - 1) if n_epochs > 1 else 0.0
+    return start * (1 - (1 - final_share) * progress)

@@ -15,6 +15,11 @@ from perturbed.models.nn.mlp import Activation, build_mlp
 
 ConditionMap = Literal["linear", "mlp"]
 
+SHIFT_GAIN, EDGE_GAIN = 10.0, 0.1
+"""Factors between parameters and mechanisms. Adam moves every parameter by about its learning rate a step, however small
+the gradient: μ, which must travel far on the few cells of one condition, is sped up, and edges, of which there are
+thousands per condition with hardly a gradient, are kept from wandering."""
+
 
 class Mechanisms(NamedTuple):
     """The structural equations under some conditions."""
@@ -140,11 +145,12 @@ class ResponseSCM(nn.Module):
         """Mechanisms under `conditions` (n_conditions, n_perturbed), rows of zeros and ones."""
         n_edges = self.sizes[0] + self.sizes[1]
         edge_shift, mu, log_variance = self._shift(conditions).split((n_edges, self.n_nu, self.n_nu), dim=1)
+        edge_shift = EDGE_GAIN * edge_shift
         edges, inputs = (self.base + edge_shift).split(self.sizes[:2], dim=1)
         return Mechanisms(
             fill_strictly_lower(edges, self.n_nu),
             inputs.view(-1, self.n_nu, self.n_iota),
-            mu,
+            SHIFT_GAIN * mu,
             log_variance if self.learn_variance else torch.zeros_like(log_variance),
             edge_shift,
         )
