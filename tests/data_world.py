@@ -13,7 +13,7 @@ from scipy import sparse
 
 from perturbed.config import FeatureSpec, SplitSpec, UnseenCombo
 from perturbed.data.cards import Card
-from perturbed.data.contracts import read_prepared, read_split, write_features, write_h5ad, write_split
+from perturbed.data.contracts import open_prepared, read_split, write_features, write_h5ad, write_split
 from perturbed.data.features import compute_features
 from perturbed.data.prepare import prepare
 from perturbed.data.split import make_split
@@ -82,6 +82,6 @@ def make_fold(
 ) -> tuple[Path, Path]:
     """`split.csv` and `features.csv` in `folder`."""
     split, chosen = folder / "split.csv", folder / "features.csv"
-    write_split(split, make_split(read_prepared(prepared).obs, spec, fold, dataset="world", name="test"))
-    write_features(chosen, compute_features(read_prepared(prepared, backed=True), read_split(split), features))
+    write_split(split, make_split(open_prepared(prepared).obs, spec, fold, dataset="world", name="test"))
+    write_features(chosen, compute_features(open_prepared(prepared), read_split(split), features))
     return split, chosen

@@ -173,13 +173,13 @@ def split(
     fold: Annotated[int, typer.Option(help="Fold, from 0.", min=0)] = 0,
 ) -> None:
     """Freeze which cells train, validate and test: split.csv with seed and hash."""
-    from perturbed.data.contracts import read_prepared, write_split
+    from perturbed.data.contracts import open_prepared, write_split
     from perturbed.data.split import make_split
     from perturbed.provenance import recorded
 
     parsed = _split_spec(spec)
     with recorded("split", out, {"prepared": prepared}, {"spec": parsed.model_dump(mode="json"), "fold": fold}):
-        obs = read_prepared(prepared, backed=True).obs
+        obs = open_prepared(prepared).obs
         write_split(out, make_split(obs, parsed, fold, dataset=dataset, name=name))
 
 
@@ -187,25 +187,25 @@ def split(
 def features(prepared: Prepared, split: SplitFile, spec: Spec, out: Out) -> None:
     """Genes, scaling and PCA of a split, from its training cells only: features.csv."""
     from perturbed.config import FeatureSpec, parse
-    from perturbed.data.contracts import read_prepared, read_split, write_features
+    from perturbed.data.contracts import open_prepared, read_split, write_features
     from perturbed.data.features import compute_features
     from perturbed.provenance import recorded
 
     parsed = parse(FeatureSpec, read_option(spec, "--spec"), "--spec")
     with recorded("features", out, {"prepared": prepared, "split": split}, {"spec": parsed.model_dump(mode="json")}):
-        write_features(out, compute_features(read_prepared(prepared, backed=True), read_split(split), parsed))
+        write_features(out, compute_features(open_prepared(prepared), read_split(split), parsed))
 
 
 @app.command("check-leakage")
 def check_leakage(prepared: Prepared, split: SplitFile, features: FeatureFile, out: Out) -> None:
     """Prove that nothing of the test cells reaches training, or fail with the offending names: leakage.json."""
-    from perturbed.data.contracts import read_features, read_prepared, read_split
+    from perturbed.data.contracts import open_prepared, read_features, read_split
     from perturbed.evaluation.leakage import check_leakage as run
     from perturbed.files import write_json
     from perturbed.provenance import recorded
 
     with recorded("check-leakage", out, {"prepared": prepared, "split": split, "features": features}, {}):
-        result = run(read_prepared(prepared, backed=True), read_split(split), read_features(features))
+        result = run(open_prepared(prepared), read_split(split), read_features(features))
         write_json(out, result)
 
 
@@ -236,7 +236,8 @@ def fit(
     with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:
         record["device"] = fit_model(
             spec, prepared, split, features, out,
-            name=name, leakage=leakage, seed=seed, device=device, threads=threads, history=history, checkpoint=checkpoint,
+            name=name, leakage=leakage, seed=seed, device=device, threads=threads,
+            history=history, checkpoint=checkpoint,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import scanpy
 from scipy import sparse
 
 from data_world import card, make_counts, make_prepared, write_raw
-from perturbed.data.contracts import check_prepared, read_prepared, write_h5ad
+from perturbed.data.contracts import check_prepared, open_prepared, read_prepared, write_h5ad
 from perturbed.data.matrices import column_counts, column_moments, read_rows, row_blocks, row_sums, to_csr
 from perturbed.data.prepare import prepare
 from perturbed.errors import DataError
@@ -354,12 +354,12 @@ def test_sums_by_blocks(small_blocks, seed):
 
 def test_rows_on_disk(tmp_path):
     adata = read_prepared(make_prepared(tmp_path))
-    backed = read_prepared(tmp_path / "prepared.h5ad", backed=True)
+    backed = open_prepared(tmp_path / "prepared.h5ad")
     rng = np.random.default_rng(0)
     for n in (0, 1, 40, adata.n_obs):
         rows = np.sort(rng.choice(adata.n_obs, n, replace=False))
         assert (read_rows(backed.X, rows) != adata.X[rows]).nnz == 0
-    backed.file.close()
+    backed.X.group.file.close()
 
 
 def test_only_the_rows_asked_for_are_read(tmp_path):
@@ -382,12 +382,12 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
             self.group = {key: backed.group[key] for key in ("indptr", "data", "indices")}
             self.group["data"], self.group["indices"] = Spy(self.group["data"]), Spy(self.group["indices"])
 
-    backed = read_prepared(path, backed=True)
+    backed = open_prepared(path)
     matrix, indptr = Matrix(backed.X), backed.X.group["indptr"][:]
     read_rows(matrix, rows)
     expected = [i for row in rows for i in range(indptr[row], indptr[row + 1])]
     assert matrix.group["data"].seen == matrix.group["indices"].seen == expected
-    backed.file.close()
+    backed.X.group.file.close()
 
 
 # --- real cells -------------------------------------------------------------------------------------------------------

@@ -368,7 +368,7 @@ def test_round_trip_and_header(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 def test_norman_combo1000_zero_shot():
-    obs = read_h5ad(SHARED / "norman2019_combo1000.h5ad", backed=True).obs
+    obs = read_h5ad(SHARED / "norman2019_combo1000.h5ad").obs
     obs = pd.DataFrame({"perturbation": obs["condition"].astype(str), "context": "all"}, index=obs.index)
     counts = count_parts(make_split(obs, combo(val_fraction=0)))
     assert counts.loc[("test", "combo_seen2")].to_list() == [38 * 40, 38]

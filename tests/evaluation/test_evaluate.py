@@ -25,7 +25,6 @@ from perturbed.data.contracts import (
     write_split,
 )
 from perturbed.errors import ConfigError, DataError
-from perturbed.evaluation.calibration import calibrate
 from perturbed.evaluation.evaluate import evaluate, evaluate_details, write_details
 from perturbed.evaluation.loading import load_truth
 from perturbed.evaluation.reading import BLOCK, CellFile
@@ -330,39 +329,3 @@ def test_rows_are_read_in_blocks(tmp_path: Path, dense: bool) -> None:
         np.testing.assert_array_equal(file.take(wanted).toarray(), X[wanted])
         np.testing.assert_array_equal(file.take(wanted, np.array([5, 0])).toarray(), X[wanted][:, [5, 0]])
         assert max(len(rows) for rows, _ in file.blocks(wanted)) <= BLOCK
-
-
-# --- calibration --------------------------------------------------------------------------------------------------
-
-
-def long_table(values: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
-    rows = [
-        {"method": method, "metric": name, "perturbation": f"p{i}", "value": v}
-        for (method, name), column in values.items()
-        for i, v in enumerate(column)
-    ]
-    return pd.DataFrame(rows).assign(dataset="d", split="s", fold=0, seed=0, context="all")
-
-
-def test_calibration_by_hand() -> None:
-    nan = float("nan")
-    table = long_table(
-        {
-            ("mean_effect", "rmse"): [4.0, 2.0, 9.0],
-            ("technical_duplicate", "rmse"): [1.0, 2.0, nan],
-            ("interpolated_duplicate", "rmse"): [5.0, 4.0, nan],
-            ("truth", "rmse"): [0.0, 0.0, 0.0],
-            ("mean_effect", "pearson_delta_pert"): [nan, nan, nan],
-            ("no_change", "pearson_delta_pert"): [0.2, 0.4, 0.0],
-            ("technical_duplicate", "pearson_delta_pert"): [0.6, 0.8, 0.4],
-            ("truth", "pearson_delta_pert"): [1.0, 1.0, 1.0],
-        }
-    )
-    result = calibrate(table).set_index(["metric", "positive"])
-    duplicate = result.loc[("rmse", "technical_duplicate")]
-    assert duplicate["n"] == 2 and duplicate["drf"] == pytest.approx((1.5 - 3) / (0 - 3))
-    assert result.loc[("rmse", "interpolated_duplicate"), "drf"] == pytest.approx(-0.5)  # unclipped
-    against_mean = result.loc[("pearson_delta_pert", "technical_duplicate")]
-    assert against_mean["negative"] == "no_change" and against_mean["drf"] == pytest.approx(0.4 / 0.8)
-    missing = result.loc[("pearson_delta_pert", "interpolated_duplicate")]
-    assert np.isnan(missing["drf"]) and missing["reason"] == "undefined for interpolated_duplicate"

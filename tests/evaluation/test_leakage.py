@@ -7,7 +7,7 @@ import pytest
 from data_world import FEATURES, make_counts, make_fold, make_prepared
 from perturbed.config import Context, FeatureSpec, HeldoutCells, UnseenCombo, UnseenSingle
 from perturbed.data import features as features_module
-from perturbed.data.contracts import Features, Split, read_features, read_prepared, read_split
+from perturbed.data.contracts import Features, Split, open_prepared, read_features, read_prepared, read_split
 from perturbed.data.features import compute_features
 from perturbed.data.matrices import column_moments
 from perturbed.errors import LeakageError
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def fold(prepared, tmp_path):
     split, features = make_fold(tmp_path, prepared)
-    return read_prepared(prepared, backed=True), read_split(split), read_features(features)
+    return open_prepared(prepared), read_split(split), read_features(features)
 
 
 def relabel(split: Split, cells, **columns) -> Split:
@@ -51,7 +51,7 @@ def retrained(prepared, split, spec=FEATURES) -> Features:
 @pytest.mark.parametrize("spec", [FEATURES, FeatureSpec(n_hvg="all", n_pcs=30)])
 def test_honest_splits_pass(prepared, tmp_path, name, spec):
     split, features = make_fold(tmp_path, prepared, SPECS[name], spec)
-    result = check_leakage(read_prepared(prepared, backed=True), read_split(split), read_features(features))
+    result = check_leakage(open_prepared(prepared), read_split(split), read_features(features))
     assert result["split_sha256"] == read_split(split).header["sha256"]
     assert [check["name"] for check in result["checks"]] == list(CHECKS)
     assert all(check["ok"] and check["detail"] for check in result["checks"]) and result["upstream"] is False
@@ -102,7 +102,7 @@ def test_other_spellings_in_training(fold, spelling):
 
 def test_single_spelt_with_a_filler(prepared, tmp_path):
     split, _ = make_fold(tmp_path, prepared, SPECS["unseen_single"])
-    split, adata = read_split(split), read_prepared(prepared, backed=True)
+    split, adata = read_split(split), open_prepared(prepared)
     held = split.table.query("subgroup == 'single_unseen'")["perturbation"].iloc[0]
     cells = split.table.query("perturbation == @held").index[:2]
     leaky = relabel(split, cells, part="train", subgroup="", perturbation=f"{held}+ctrl")
@@ -112,7 +112,7 @@ def test_single_spelt_with_a_filler(prepared, tmp_path):
 
 def test_gene_of_an_unseen_single_in_a_training_combination(prepared, tmp_path):
     split, _ = make_fold(tmp_path, prepared, SPECS["unseen_single"])
-    split, adata = read_split(split), read_prepared(prepared, backed=True)
+    split, adata = read_split(split), open_prepared(prepared)
     unused = split.table.query("part == 'unused'")["perturbation"].iloc[0]
     leaky = relabel(split, split.table.index[split.table["perturbation"] == unused], part="train")
     with pytest.raises(LeakageError, match=rf"unseen genes: [A-F] \(in {unused[0]}\+{unused[2]}\)"):
@@ -121,7 +121,7 @@ def test_gene_of_an_unseen_single_in_a_training_combination(prepared, tmp_path):
 
 def test_context_already_in_training(prepared, tmp_path):
     split, _ = make_fold(tmp_path, prepared, SPECS["context"])
-    split, adata = read_split(split), read_prepared(prepared, backed=True)
+    split, adata = read_split(split), open_prepared(prepared)
     cells = split.table.query("perturbation == 'C' and part == 'test'").index[:2]
     leaky = relabel(split, cells, part="train", subgroup="")
     with pytest.raises(LeakageError, match=r"transferred perturbations: C in T"):
@@ -162,7 +162,7 @@ def test_features_of_another_split(fold):
 
 def with_cells(prepared, split, monkeypatch, leak: str) -> Features:
     """Features with one of the two planted leaks, or with one test control cell among the training cells."""
-    everything = read_prepared(prepared.filename).X
+    everything = read_prepared(prepared.X.group.file.filename).X
     choose, fit = features_module.choose_genes, features_module.fit_pca
     with monkeypatch.context() as patch:
         if leak == "genes":

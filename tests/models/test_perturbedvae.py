@@ -197,7 +197,7 @@ def test_a_batch_holds_the_cells_their_partners_and_their_conditions():
 def test_the_zero_condition_gives_the_control_model():
     """With no gene perturbed the prediction is the decoded SCM without any shift."""
     planted = plant()
-    method = fitted(planted.data, n_samples=0)
+    method = fitted(planted.data, n_samples=0, predict="mean")
     with torch.no_grad():
         z_iota = method._control["mean"]
         edges, inputs = method.module.scm.base.split(method.module.scm.sizes[:2])
@@ -233,7 +233,7 @@ def test_anchor_moves_the_control_prediction_onto_the_control_mean():
 
 def test_contexts_start_from_their_own_control_cells():
     data = plant(contexts=("a", "b"), n_cells=40).data  # context b lies 0.5 higher in every gene
-    method = fitted(data, epochs=30, kl_weight_iota=1e-3, kl_weight_nu=1e-3, alpha=0.0, n_samples=0)
+    method = fitted(data, epochs=20, lr=1e-2, reconstruction_reduction="sum", kl_weight_nu=1.0, alpha=0.0, n_samples=0)
     higher = method.predict_one("G01", "b")["mean"] - method.predict_one("G01", "a")["mean"]
     assert higher.mean() > 0.2
     with pytest.raises(MethodError, match="'c'"):
@@ -245,8 +245,8 @@ def test_samples_have_the_predicted_mean_and_variance():
     found = method.predict_one("G00+G03", "all", seed=1)
     assert found["cells"].shape == (4000, 50)
     np.testing.assert_allclose(found["cells"].var(axis=0), found["variance"], rtol=0.15)
-    error = np.abs(found["cells"].mean(axis=0) - found["mean"]) / np.sqrt(found["variance"] / 80)
-    assert error.max() < 5  # 80 control cells behind the mean
+    error = np.abs(found["cells"].mean(axis=0) - found["mean"]) / np.sqrt(found["variance"] / 1000)
+    assert error.max() < 5  # the mean is one of at least 1,000 samples
 
 
 def test_predictions_are_functions_of_their_seed():
@@ -259,10 +259,14 @@ def test_predictions_are_functions_of_their_seed():
 
 def test_counts_are_predicted_on_the_scale_of_log_normalised_expression():
     planted = plant(counts=True, n_cells=60, n_control=150)
-    method = fitted(planted.data, likelihood="nb", epochs=25, n_samples=300, reconstruction_reduction="sum")
-    control = np.asarray(only(planted.data, planted.data.perturbation == "control").X.mean(axis=0)).ravel()
+    method = fitted(
+        planted.data, likelihood="nb", n_hidden=16, epochs=25, lr=1e-2, n_samples=300,
+        reconstruction_reduction="sum", kl_weight_nu=3.0, kl_weight_iota=1.0,
+    )  # fmt: skip
     found = method.predict_one("control", "all")
-    assert np.abs(found["mean"] - control).mean() < 0.1
+    everything = np.asarray(planted.data.X.mean(axis=0)).ravel()
+    control = np.asarray(only(planted.data, planted.data.perturbation == "control").X.mean(axis=0)).ravel()
+    assert np.abs(found["mean"] - control).mean() < 0.6 * np.abs(everything - control).mean()
     assert np.abs(found["cells"].mean(axis=0) - found["mean"]).mean() < 0.1
     assert (found["cells"] >= 0).all()
     normalised = np.expm1(found["cells"].astype(float)).sum(axis=1)
@@ -300,11 +304,11 @@ def test_unseen_doubles_of_a_planted_scm_are_predicted_better_than_by_the_mean_e
         n_nu=6,
         n_iota=8,
         n_hidden=64,
-        epochs=60,
+        epochs=40,
         lr=3e-3,
-        edge_penalty=1e-3,
+        kl_weight_nu=0.3,
+        kl_weight_iota=0.3,
         n_samples=0,
-        predict="sample",
     )
     floor = MeanEffect()
     floor.fit(planted.data, FitRun())
@@ -313,5 +317,5 @@ def test_unseen_doubles_of_a_planted_scm_are_predicted_better_than_by_the_mean_e
         found = {name: model.predict_one(name, "all")["mean"] - planted.control for name in planted.doubles}
         return float(np.mean([np.corrcoef(found[n], planted.doubles[n] - planted.control)[0, 1] for n in found]))
 
-    assert pearson_delta(method) > pearson_delta(floor) + 0.1
-    assert pearson_delta(method) > 0.9
+    assert pearson_delta(method) > pearson_delta(floor) + 0.3
+    assert pearson_delta(method) > 0.85

@@ -109,8 +109,7 @@ def test_a_leak_fails_the_dag_with_the_offending_names(finished_run: Run, tmp_pa
     from perturbed.data.contracts import Split, write_split
 
     write_split(run.folder / "leaky.csv", Split(table.set_index("cell"), {"seed": 0}))
-    run.configure(splits={"leaky": {"kind": "from_file", "path": "leaky.csv"}}, methods=["additive"],
-                  statistics={"baselines": ["additive"], "primary_method": "additive", "primary_baseline": "additive"})  # fmt: skip
+    run.configure(splits={"leaky": {"kind": "from_file", "path": "leaky.csv"}}, methods=["additive"])
     shown = run.snakemake("benchmark", check=False)
     assert tested in shown
     assert "check_leakage" in shown

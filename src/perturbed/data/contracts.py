@@ -32,8 +32,8 @@ SCORE_COLUMNS = (
 # --- AnnData files ------------------------------------------------------------------------------------------------
 
 
-def read_h5ad(path: str | Path, *, backed: bool = False) -> AnnData:
-    """Read an h5ad file; `backed` leaves the matrices on disk.
+def read_h5ad(path: str | Path) -> AnnData:
+    """Read an h5ad file.
 
     Raises
     ------
@@ -45,10 +45,14 @@ def read_h5ad(path: str | Path, *, backed: bool = False) -> AnnData:
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; make it with the stage before, or correct the path")
     try:
-        return anndata.read_h5ad(path, backed="r" if backed else None)
+        return anndata.read_h5ad(path)
     except Exception as error:  # h5py and anndata raise many kinds for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: not a readable h5ad ({reason}); it may be truncated, delete it and rerun") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(f"{path}: not a readable h5ad ({reason}); it may be truncated, delete it and rerun")
 
 
 def write_h5ad(path: str | Path, adata: AnnData) -> None:
@@ -79,9 +83,30 @@ def check_prepared(adata: AnnData, path: str | Path) -> None:
         raise DataError(f"{path}: not a prepared file: {', '.join(problems)}; make it with `perturbed prepare`")
 
 
-def read_prepared(path: str | Path, *, backed: bool = False) -> AnnData:
+def read_prepared(path: str | Path) -> AnnData:
     """Read `prepared.h5ad` and check its contract."""
-    adata = read_h5ad(path, backed=backed)
+    adata = read_h5ad(path)
+    check_prepared(adata, path)
+    return adata
+
+
+def open_prepared(path: str | Path) -> AnnData:
+    """`prepared.h5ad` with its tables in memory and its matrices on disk; see `perturbed.data.matrices.read_rows`.
+
+    anndata's own backed mode keeps only `X` on disk and reads every layer.
+    """
+    import anndata
+    import h5py
+
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; make it with `perturbed prepare`, or correct the path")
+    try:
+        file = h5py.File(path, "r")
+        tables = {key: anndata.io.read_elem(file[key]) for key in ("obs", "var", "uns")}
+        layers = {key: anndata.io.sparse_dataset(file["layers"][key]) for key in file.get("layers", {})}
+        adata = anndata.AnnData(X=anndata.io.sparse_dataset(file["X"]), layers=layers, **tables)
+    except Exception as error:
+        raise _unreadable(path, error) from None
     check_prepared(adata, path)
     return adata
 

@@ -70,7 +70,7 @@ correlation is about the square root of the corrected one, its error √½ of it
 against one half of the cells, so its errors hold more sampling noise than those of methods: a conservative ceiling.
 
 The dynamic range fraction `(M_positive − M_negative) / (M_perfect − M_negative)` of a metric on a data set is never
-clipped (`perturbed.evaluation.calibration`). Look at it before choosing a primary metric: where a duplicate of the
+clipped (`calibration.csv`). Look at it before choosing a primary metric: where a duplicate of the
 truth does no better than an uninformed floor, the metric cannot tell.
 """
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from perturbed.config import parse
-from perturbed.data.contracts import read_prepared, read_split, write_prediction
+from perturbed.data.contracts import open_prepared, read_split, write_prediction
 from perturbed.errors import LeakageError, MethodError
 from perturbed.files import atomic
 from perturbed.models.base import FitRun, MethodSpec, build, load_model, save_model
@@ -75,7 +75,7 @@ def predict_split(
     _seed_everything(seed, "cpu", threads)
     frozen = read_split(split)
     test = frozen.table[(frozen.table["part"] == "test") & (frozen.table["perturbation"] != CONTROL)]
-    context = read_prepared(prepared, backed=True).obs["context"].astype(str)
+    context = open_prepared(prepared).obs["context"].astype(str)
     pairs = pd.DataFrame({"perturbation": test["perturbation"], "context": context.reindex(test.index)})
     targets = sorted(set(map(tuple, pairs.to_numpy())))
     prediction = load_model(model).predict(targets, seed=seed)

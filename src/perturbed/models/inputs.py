@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 
-from perturbed.data.contracts import Split, check_prepared, read_features, read_split
+from perturbed.data.contracts import Split, open_prepared, read_features, read_split
 from perturbed.data.matrices import read_rows, row_sums
 from perturbed.errors import DataError, LeakageError
 from perturbed.models.base import TrainingData
@@ -43,7 +41,8 @@ def load_training_data(prepared: str | Path, split: str | Path, features: str | 
     frozen, chosen = read_split(split), read_features(features)
     if chosen.header.get("split_sha256") != frozen.header["sha256"]:
         raise LeakageError(f"{features}: made from another split than {split}; rerun `perturbed features`")
-    obs, var = _read_tables(prepared)
+    cells_on_disk = open_prepared(prepared)
+    obs, var = cells_on_disk.obs, cells_on_disk.var
     _check_cells(obs, frozen, prepared, split)
     columns = var.index.get_indexer(chosen.genes)
     if (columns < 0).any():
@@ -51,7 +50,8 @@ def load_training_data(prepared: str | Path, split: str | Path, features: str | 
         raise DataError(f"{features}: gene {gene!r} is not in {prepared}; rerun `perturbed features` on these data")
     part = frozen.table["part"].reindex(obs.index)
     rows = np.flatnonzero(part.isin(["train", "val"]).to_numpy())
-    X, counts = _read_matrices(prepared, rows)
+    X = read_rows(cells_on_disk.X, rows)
+    counts = read_rows(cells_on_disk.layers["counts"], rows) if "counts" in cells_on_disk.layers else None
     cells = obs.iloc[rows]
     return TrainingData(
         X=X[:, columns].astype(np.float32, copy=False),
@@ -69,33 +69,6 @@ def load_training_data(prepared: str | Path, split: str | Path, features: str | 
 
 def _names(column: pd.Series) -> np.ndarray:
     return column.astype(str).to_numpy(dtype=object)
-
-
-def _read_tables(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cell and gene tables of a prepared file, without its matrices."""
-    import anndata
-
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; make it with `perturbed prepare`")
-    try:
-        with h5py.File(path, "r") as file:
-            obs, var, uns = (anndata.io.read_elem(file[key]) for key in ("obs", "var", "uns"))
-    except (OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path}: not a readable h5ad ({reason}); it may be truncated, delete it and rerun") from None
-    check_prepared(anndata.AnnData(obs=obs, var=var, uns=uns), path)
-    return obs, var
-
-
-def _read_matrices(path: str | Path, rows: np.ndarray) -> tuple[Any, Any]:
-    """Rows of `X` and, where there are any, of the counts."""
-    import anndata
-
-    with h5py.File(path, "r") as file:
-        X = read_rows(anndata.io.sparse_dataset(file["X"]), rows)
-        has_counts = "layers" in file and "counts" in file["layers"]
-        counts = read_rows(anndata.io.sparse_dataset(file["layers/counts"]), rows) if has_counts else None
-    return X, counts
 
 
 def _check_cells(obs: pd.DataFrame, split: Split, prepared: str | Path, path: str | Path) -> None:
