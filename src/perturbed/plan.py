@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,9 +187,9 @@ class Plan:
         spec = self.methods[wildcards.method]
         return as_json(spec.model_dump(mode="json", include={"title", "implementation", "params"}))
 
-    def section(self, name: str) -> str:
-        """A whole top-level section."""
-        return as_json(getattr(self.config, name).model_dump(mode="json"))
+    def section(self, name: str, *without: str) -> str:
+        """A top-level section, without the keys that the rule does not use."""
+        return as_json(getattr(self.config, name).model_dump(mode="json", exclude=set(without)))
 
     def titles(self) -> str:
         """Method names as figures show them."""
@@ -221,14 +221,18 @@ class Plan:
         """The option that hands over the simulator's truth, where there is one."""
         return f"--noise-free {input.noise_free}" if wildcards.dataset in self.simulated else ""
 
-    def figure_details(self, wildcards: Any) -> list[str]:
-        """The files a figure draws besides the tables."""
-        dataset, split = wildcards.dataset, wildcards.split
-        if wildcards.figure == "training_curves":
-            return self.history_files(dataset, split)
-        if wildcards.figure in ("hardest_easiest", "embedding"):
-            return self.fit_files("details", dataset, split)
-        return []
+    def figure_details(self, figure: str) -> Callable[[Any], list[str]]:
+        """A function of wildcards that gives the files a figure draws besides the tables."""
+
+        def details(wildcards: Any) -> list[str]:
+            dataset, split = wildcards.dataset, wildcards.split
+            if figure == "training_curves":
+                return self.history_files(dataset, split)
+            if figure in ("hardest_easiest", "embedding"):
+                return self.fit_files("details", dataset, split)
+            return []
+
+        return details
 
     def detail_options(self, wildcards: Any, input: Any) -> str:
         """The same files as options."""

@@ -266,7 +266,9 @@ class _Loop:
         shapes = {key: list(value.shape) for key, value in self.task.module.state_dict().items()}
         split = [_checksum(rows) for rows in (self.task.train_rows, self.task.val_rows)]
         options = self.options.model_dump(include=set(TrainingOptions.model_fields))
-        return sha256_text(json.dumps([self.task.fingerprint, shapes, split, options, self.run.seed], sort_keys=True))
+        device = torch.device(self.run.device).type  # generators of different devices have different states
+        parts = [self.task.fingerprint, shapes, split, options, self.run.seed, device]
+        return sha256_text(json.dumps(parts, sort_keys=True))
 
     def _save(self) -> None:
         if self.run.checkpoint is None or time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:

@@ -10,4 +10,3 @@ wildcard_constraints:
     fold=r"\d+",
     method="|".join(plan.methods),
     seed=r"\d+",
-    figure="|".join((*RUN_FIGURES, *SPLIT_FIGURES)),

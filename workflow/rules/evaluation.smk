@@ -20,7 +20,7 @@ rule evaluate:
         mem_mb=4000,
         runtime=60,
     params:
-        spec=plan.section("evaluation"),
+        spec=plan.section("evaluation", "n_halves", "references"),
     message:
         "Score {wildcards.method} on {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}, seed {wildcards.seed}"
     shell:
@@ -44,7 +44,7 @@ rule references:
         mem_mb=8000,
         runtime=60,
     params:
-        spec=plan.section("evaluation"),
+        spec=plan.section("evaluation", "references"),
         noise_free=plan.noise_free_option,
     message:
         "Score the floors and ceilings of {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}"

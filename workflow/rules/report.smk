@@ -1,73 +1,86 @@
 # Figures from tables, and the self-contained report.
 
 
-rule run_figure:
-    input:
-        tables=plan.result("tables"),
-    output:
-        svg=report(
-            plan.result("figures/{figure}.svg"),
-            caption="../report/{figure}.rst",
-            category="Benchmark",
-            subcategory="All datasets",
-            labels={"figure": "{figure}"},
-        ),
-        png=plan.result("figures/{figure}.png"),
-        source=plan.result("figures/{figure}.csv"),
-    log:
-        plan.result("logs/figure_{figure}.log"),
-    benchmark:
-        plan.result("benchmarks/figure_{figure}.tsv")
-    conda:
-        "../../envs/core.yaml"
-    resources:
-        mem_mb=2000,
-        runtime=10,
-    params:
-        stem=plan.stem,
-        spec=plan.section("statistics"),
-        titles=plan.titles(),
-    message:
-        "Draw {wildcards.figure}"
-    shell:
-        "perturbed figure {wildcards.figure} --tables {input.tables} --spec {params.spec:q} --titles {params.titles:q}"
-        " --out {params.stem} 2>&1 | tee {log}"
+# One rule per figure, because a caption's path cannot hold wildcards.
+for _figure in RUN_FIGURES:
+
+    rule:
+        name:
+            f"draw_{_figure}"
+        input:
+            tables=plan.result("tables"),
+        output:
+            svg=report(
+                plan.result(f"figures/{_figure}.svg"),
+                caption=f"../report/{_figure}.rst",
+                category="Benchmark",
+                subcategory="All datasets",
+                labels={"figure": _figure.replace("_", " ")},
+            ),
+            png=plan.result(f"figures/{_figure}.png"),
+            source=plan.result(f"figures/{_figure}.csv"),
+        log:
+            plan.result(f"logs/draw_{_figure}.log"),
+        benchmark:
+            plan.result(f"benchmarks/draw_{_figure}.tsv")
+        conda:
+            "../../envs/core.yaml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            figure=_figure,
+            stem=plan.stem,
+            spec=plan.section("statistics"),
+            titles=plan.titles(),
+        message:
+            "Draw {params.figure}"
+        shell:
+            "perturbed figure {params.figure} --tables {input.tables} --spec {params.spec:q} --titles {params.titles:q}"
+            " --out {params.stem} 2>&1 | tee {log}"
 
 
-rule split_figure:
-    input:
-        tables=plan.result("tables"),
-        details=plan.figure_details,
-    output:
-        svg=report(
-            plan.result("figures/{dataset}/{split}/{figure}.svg"),
-            caption="../report/{figure}.rst",
-            category="Benchmark",
-            subcategory="{dataset}, {split}",
-            labels={"figure": "{figure}"},
-        ),
-        png=plan.result("figures/{dataset}/{split}/{figure}.png"),
-        source=plan.result("figures/{dataset}/{split}/{figure}.csv"),
-    log:
-        plan.result("logs/figure_{dataset}_{split}_{figure}.log"),
-    benchmark:
-        plan.result("benchmarks/figure_{dataset}_{split}_{figure}.tsv")
-    conda:
-        "../../envs/core.yaml"
-    resources:
-        mem_mb=2000,
-        runtime=10,
-    params:
-        stem=plan.stem,
-        spec=plan.section("statistics"),
-        titles=plan.titles(),
-        details=plan.detail_options,
-    message:
-        "Draw {wildcards.figure} of {wildcards.dataset}, {wildcards.split}"
-    shell:
-        "perturbed figure {wildcards.figure} --tables {input.tables} --dataset {wildcards.dataset}"
-        " --split-name {wildcards.split} --spec {params.spec:q} --titles {params.titles:q} {params.details}"
-        " --out {params.stem} 2>&1 | tee {log}"
+for _figure in SPLIT_FIGURES:
+
+    rule:
+        name:
+            f"draw_{_figure}"
+        input:
+            tables=plan.result("tables"),
+            details=plan.figure_details(_figure),
+        output:
+            svg=report(
+                plan.result(f"figures/{{dataset}}/{{split}}/{_figure}.svg"),
+                caption=f"../report/{_figure}.rst",
+                category="Benchmark",
+                subcategory="{dataset}, {split}",
+                labels={"figure": _figure.replace("_", " ")},
+            ),
+            png=plan.result(f"figures/{{dataset}}/{{split}}/{_figure}.png"),
+            source=plan.result(f"figures/{{dataset}}/{{split}}/{_figure}.csv"),
+        log:
+            plan.result(f"logs/draw_{{dataset}}_{{split}}_{_figure}.log"),
+        benchmark:
+            plan.result(f"benchmarks/draw_{{dataset}}_{{split}}_{_figure}.tsv")
+        conda:
+            "../../envs/core.yaml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            figure=_figure,
+            stem=plan.stem,
+            spec=plan.section("statistics"),
+            titles=plan.titles(),
+            details=plan.detail_options,
+        message:
+            "Draw {params.figure} of {wildcards.dataset}, {wildcards.split}"
+        shell:
+            "perturbed figure {params.figure} --tables {input.tables} --dataset {wildcards.dataset}"
+            " --split-name {wildcards.split} --spec {params.spec:q} --titles {params.titles:q} {params.details}"
+            " --out {params.stem} 2>&1 | tee {log}"
 
 
 rule resolve_config:
@@ -110,5 +123,5 @@ rule report:
         "Assemble the report"
     shell:
         # Snakemake's own report of the finished part of this very run; it reads, so it needs no lock.
-        "snakemake --snakefile {workflow.main_snakefile:q} --configfile {input.config} --nolock --quiet all"
+        "snakemake --snakefile {workflow.main_snakefile:q} --configfile {input.config} --nolock"
         " --report {output.html} -- {input.figures} > {log} 2>&1"
