@@ -1,6 +1,6 @@
 # `make run`: environment, embedded default, report. `make test`: every test that needs no root.
 # Everything else is plain `snakemake` and `perturbed` in the environment (.venv).
-.PHONY: run test lint reference clean
+.PHONY: run test lint reference benchmark clean
 SHELL := /bin/bash
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
@@ -9,11 +9,15 @@ run: .venv/core
 	@echo "Report: $(CURDIR)/results/demo/report.html"
 
 test: .venv/dev
-	@$(RUN) pytest $(PYTEST)
+	@$(RUN) OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: .venv/dev
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
 	@$(RUN) snakefmt --check Snakefile workflow && $(RUN) snakemake --lint
+
+# Speed and memory beside their targets; run it on an idle machine.
+benchmark: .venv/dev
+	@$(RUN) python benchmarks/run.py
 
 # Schema and reference pages, written from the code.
 reference: .venv/dev

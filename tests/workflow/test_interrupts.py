@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -36,18 +39,57 @@ if verb and verb in sys.orig_argv[2:3]:
 """
 
 
-@pytest.mark.parametrize("signal", [2, 9], ids=["SIGINT", "SIGKILL"])
-def test_every_stage_survives(signal: int, new_run: Run, finished_run: Run, tmp_path: Path):
-    hooks = tmp_path / "hooks"
-    hooks.mkdir()
+def killed(run: Run, stage: str, signal: int, hooks: Path, *targets: str) -> None:
+    """Run until the stage is killed."""
     (hooks / "sitecustomize.py").write_text(KILLER)
+    marker = hooks / f"killed-{stage}"
+    env = {"PYTHONPATH": str(hooks), "KILL_VERB": stage, "KILL_MARKER": str(marker), "KILL_SIGNAL": str(signal)}
+    shown = run.snakemake(*targets, check=False, env=env)
+    assert marker.exists(), f"{stage} never reached its output: {shown[-2000:]}"
+    assert "Error in rule" in shown, f"{stage} was killed but the run went on"
+
+
+@pytest.mark.parametrize("signal", [2, 9], ids=["SIGINT", "SIGKILL"])
+def test_every_stage_survives(signal: int, new_run: Run, finished_run: Run, tmp_path_factory: pytest.TempPathFactory):
+    hooks = tmp_path_factory.mktemp("hooks")
     for stage in STAGES:
-        marker = tmp_path / f"killed-{stage}"
-        env = {"PYTHONPATH": str(hooks), "KILL_VERB": stage, "KILL_MARKER": str(marker), "KILL_SIGNAL": str(signal)}
-        target = "figures" if stage == "figure" else "benchmark"
-        shown = new_run.snakemake(target, check=False, env=env)
-        assert marker.exists(), f"{stage} never reached its output: {shown[-2000:]}"
-        assert "Error in rule" in shown, f"{stage} was killed but the run went on"
+        killed(new_run, stage, signal, hooks, "figures" if stage == "figure" else "benchmark")
+    new_run.snakemake("benchmark")
+    disturbed, undisturbed = new_run.tables(), finished_run.tables()
+    assert [name for name in undisturbed if disturbed[name] != undisturbed[name]] == []
+    if signal == 2:
+        assert not list(new_run.folder.glob("**/.part.*"))
+
+
+@pytest.mark.parametrize("signal", [2, 9], ids=["SIGINT", "SIGKILL"])
+def test_fetch_survives(signal: int, new_run: Run, finished_run: Run, tmp_path_factory: pytest.TempPathFactory):
+    hooks = tmp_path_factory.mktemp("hooks")
+    source = finished_run.folder / "data/tiny/raw.h5ad"
+    (new_run.folder / "copied.yaml").write_text(f"source: {{kind: path, path: {source}}}\n")
+    new_run.configure(dataset="copied", cards=[str(new_run.folder)])
+    killed(new_run, "fetch", signal, hooks, "data/copied/raw.h5ad")
+    assert not (new_run.folder / "data/copied/raw.h5ad").exists()
+    new_run.snakemake("data/copied/raw.h5ad")
+    first = (new_run.folder / "data/copied/raw.h5ad").read_bytes()
+    new_run.snakemake("data/copied/raw.h5ad", "--force")
+    assert (new_run.folder / "data/copied/raw.h5ad").read_bytes() == first
+
+
+def test_a_killed_snakemake_goes_on_where_it_stopped(new_run: Run, finished_run: Run):
+    """kill -9 of Snakemake itself leaves its lock; the message says how to lift it, and then the run goes on."""
+    process = subprocess.Popen(
+        new_run.command("benchmark"), cwd=new_run.folder, env=new_run.environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    first_fit = new_run.folder / "results/tiny/zero_shot/fold0"
+    deadline = time.monotonic() + 300
+    while not list(first_fit.glob("*/seed0/model")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert list(first_fit.glob("*/seed0/model")), "no fit was ever finished"
+    assert "--unlock" in new_run.snakemake("benchmark", check=False)
+    new_run.snakemake("--unlock")
     new_run.snakemake("benchmark")
     disturbed, undisturbed = new_run.tables(), finished_run.tables()
     assert [name for name in undisturbed if disturbed[name] != undisturbed[name]] == []
