@@ -116,7 +116,8 @@ def test_permuted_labels_know_nothing(screen, tmp_path, method):
     tables += [fit_and_score(screen, method, null, seed) for seed in ((0, 1) if method == "perturbedvae" else (0,))]
     contrasts, summary = judge(tables, tmp_path, ("mean_effect",))
     assert difference(contrasts, method, "mean_effect", "pearson_delta_ctrl")["ci_low"] <= 0
-    against_mean = summary.loc[(method, "pearson_delta_pert")]
-    assert against_mean["ci_low"] <= 0 <= against_mean["ci_high"] or against_mean["mean"] < 0
+    if method == "perturbedvae":  # additive still knows that doubles have two genes, and so twice what all share
+        against_mean = summary.loc[(method, "pearson_delta_pert")]
+        assert against_mean["ci_low"] <= 0 <= against_mean["ci_high"]
     discrimination = summary.loc[(method, "pds_l1")]
     assert discrimination["ci_low"] <= 0.5 <= discrimination["ci_high"]
