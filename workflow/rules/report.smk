@@ -119,9 +119,11 @@ rule report:
     resources:
         mem_mb=2000,
         runtime=20,
+    params:
+        snakefile=relpath(workflow.main_snakefile),
     message:
         "Assemble the report"
     shell:
         # Snakemake's own report of the finished part of this very run; it reads, so it needs no lock.
-        "snakemake --snakefile {workflow.main_snakefile:q} --configfile {input.config} --nolock"
+        "snakemake --snakefile {params.snakefile:q} --configfile {input.config} --nolock"
         " --report {output.html} -- {input.figures} > {log} 2>&1"

@@ -16,9 +16,12 @@ from perturbed.models.nn.mlp import Activation, build_mlp
 ConditionMap = Literal["linear", "mlp"]
 
 SHIFT_GAIN, EDGE_GAIN = 10.0, 0.1
-"""Factors between parameters and mechanisms. Adam moves every parameter by about its learning rate a step, however small
-the gradient: μ, which must travel far on the few cells of one condition, is sped up, and edges, of which there are
-thousands per condition with hardly a gradient, are kept from wandering."""
+"""Factors between parameters and mechanisms.
+
+Adam moves every parameter by about its learning rate a step, however small the gradient: μ, which must travel far on
+the few cells of one condition, is sped up, and edges, of which there are thousands per condition with hardly a
+gradient, are kept from wandering.
+"""
 
 
 class Mechanisms(NamedTuple):
