@@ -99,8 +99,12 @@ def fetch(
     card: CardOption,
     out: Out,
     data_dir: Annotated[Path, typer.Option(help="Folder that keeps the downloads.")] = Path("data"),
-    mirror: Annotated[Path | None, typer.Option(help="Folder looked in first, by name and hash.")] = None,
-    allow_unpinned: Annotated[bool, typer.Option(help="Accept files whose hash nobody has pinned.")] = False,
+    mirror: Annotated[
+        str, typer.Option(envvar="PERTURBED_MIRROR", help="Folder looked in first, by name and hash.")
+    ] = "",
+    allow_unpinned: Annotated[
+        bool, typer.Option(envvar="PERTURBED_ALLOW_UNPINNED", help="Accept files whose hash nobody has pinned.")
+    ] = False,
 ) -> None:
     """Get a dataset's files, check size and hash, and write raw.h5ad with values untouched."""
     from perturbed.data.fetch import fetch as run
@@ -108,7 +112,8 @@ def fetch(
 
     parsed = _card(card)
     with recorded("fetch", out, {}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
-        run(parsed, dataset, out, data_dir=data_dir, mirror=mirror, allow_unpinned=allow_unpinned)
+        folder = Path(mirror) if mirror else None
+        run(parsed, dataset, out, data_dir=data_dir, mirror=folder, allow_unpinned=allow_unpinned)
 
 
 @app.command()

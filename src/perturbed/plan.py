@@ -183,7 +183,7 @@ class Plan:
         return as_json(self.config.splits[wildcards.split].model_dump(mode="json", exclude={"methods"}))
 
     def method_slice(self, wildcards: Any) -> str:
-        """The method's implementation and parameters; titles and resources change no fit."""
+        """What is saved with the model: title, implementation and parameters; resources change no fit."""
         spec = self.methods[wildcards.method]
         return as_json(spec.model_dump(mode="json", include={"title", "implementation", "params"}))
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -118,6 +119,43 @@ def test_a_leak_fails_the_dag_with_the_offending_names(finished_run: Run, tmp_pa
     assert not list(run.folder.glob("results/**/model"))
 
 
+def test_a_users_own_prediction_gets_the_same_table(finished_run: Run, tmp_path):
+    """By name: genes in another order and further genes change nothing, a missing gene is named."""
+    import anndata
+    import numpy as np
+
+    fold = finished_run.folder / "results/tiny/zero_shot/fold0"
+    ours = anndata.read_h5ad(fold / "additive/seed0/prediction.h5ad")
+    mine = anndata.AnnData(ours.X[::-1, ::-1].copy(), obs=ours.obs[["perturbation"]][::-1], var=ours.var[::-1])
+    extra = anndata.AnnData(np.zeros((len(mine), 1)), obs=mine.obs, var=pd.DataFrame(index=["further"]))
+    anndata.concat([mine, extra], axis="columns", merge="first").write_h5ad(tmp_path / "mine.h5ad")
+    call = [
+        sys.executable,
+        "-m",
+        "perturbed.cli",
+        "evaluate",
+        "--truth",
+        finished_run.folder / "data/tiny/prepared.h5ad",
+    ]
+    call += ["--split", fold / "split.csv", "--spec", "{max_cells: 20}"]
+    done = subprocess.run([*call, "--prediction", "mine.h5ad"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    keys = ["perturbation", "metric"]
+    table = pd.read_parquet(tmp_path / "scores.parquet").set_index(keys).sort_index()
+    assert set(table["method"]) == {"mine"}
+    expected = pd.read_parquet(fold / "additive/seed0/scores.parquet").set_index(keys).sort_index()
+    means = expected.index.get_level_values("metric").isin(
+        ["l2_delta", "pearson_delta_ctrl", "pds_l1", "rmse_relative"]
+    )
+    np.testing.assert_allclose(table["value"][means], expected["value"][means], rtol=1e-5)
+
+    mine[:, 1:].copy().write_h5ad(tmp_path / "short.h5ad")
+    done = subprocess.run([*call, "--prediction", "short.h5ad"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "short.h5ad" in done.stderr and mine.var_names[0] in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_the_report_opens_without_console_errors(finished_run: Run, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -134,8 +172,6 @@ def test_the_report_opens_without_console_errors(finished_run: Run, tmp_path):
 
 @pytest.mark.parametrize("arguments", [(), ("--configfile", "config/paper.yaml")])
 def test_shipped_configs_have_a_dag(arguments, tmp_path):
-    import sys
-
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run", "--quiet", "all"]
     done = subprocess.run(
         [*call, "--cores", "1", *arguments], cwd=ROOT, env=Run(tmp_path).environment(), capture_output=True, text=True

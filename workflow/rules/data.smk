@@ -18,14 +18,12 @@ rule fetch:
         runtime=240,
     params:
         card=plan.card_slice("source", "keys", "expect"),
-        mirror=f"--mirror {plan.config.mirror}" if plan.config.mirror else "",
-        unpinned="--allow-unpinned" if plan.config.allow_unpinned else "",
-        folder=lambda wildcards, output: str(Path(output.raw).parent / "downloads"),
+        folder=plan.config.data,
     message:
         "Fetch {wildcards.dataset}"
     shell:
         "perturbed fetch --dataset {wildcards.dataset} --card {params.card:q} --data-dir {params.folder:q}"
-        " {params.mirror} {params.unpinned} --out {output.raw} 2>&1 | tee {log}"
+        " --out {output.raw} 2>&1 | tee {log}"
 
 
 rule simulate:
