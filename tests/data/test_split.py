@@ -10,7 +10,7 @@ import pytest
 from data_world import DOUBLES, SINGLES
 from perturbed.config import Context, FromColumn, FromFile, HeldoutCells, UnseenCombo, UnseenSingle
 from perturbed.data.contracts import read_h5ad, read_split, write_split
-from perturbed.data.split import count_parts, make_split, n_folds
+from perturbed.data.split import count_parts, make_split
 from perturbed.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -70,7 +70,7 @@ def slow_subgroups(table: pd.DataFrame) -> list[str]:
 @pytest.mark.parametrize("name", SPECS)
 def test_order_of_rows_does_not_matter(name):
     contexts = ("T", "B") if name == "context" else ("all",)
-    for fold in range(n_folds(SPECS[name])):
+    for fold in range(SPECS[name].n_folds):
         first = fold_of(name, fold, make_obs(contexts=contexts, seed=1))
         other = fold_of(name, fold, make_obs(contexts=contexts, seed=2))
         assert not first.table.index.equals(other.table.index)
@@ -82,7 +82,7 @@ def test_order_of_rows_does_not_matter(name):
 def test_subgroups_and_parts_against_a_slow_reference(name):
     contexts = ("T", "B") if name == "context" else ("all",)
     obs = make_obs(contexts=contexts)
-    for fold in range(n_folds(SPECS[name])):
+    for fold in range(SPECS[name].n_folds):
         table = fold_of(name, fold, obs).table
         assert table.index.equals(obs.index) and (table["perturbation"] == obs["perturbation"]).all()
         assert list(table["subgroup"]) == slow_subgroups(table.assign(context=obs["context"]))

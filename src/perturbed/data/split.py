@@ -23,11 +23,6 @@ from perturbed.names import CONTROL, genes_of
 log = logging.getLogger(__name__)
 
 
-def n_folds(spec: SplitSpec) -> int:
-    """How many folds the split has."""
-    return spec.n_folds
-
-
 def make_split(obs: pd.DataFrame, spec: SplitSpec, fold: int = 0, *, dataset: str = "", name: str = "") -> Split:
     """Draw one fold of a split.
 
