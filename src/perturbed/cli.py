@@ -98,7 +98,9 @@ def fetch(
     dataset: Dataset,
     card: CardOption,
     out: Out,
-    data_dir: Annotated[Path, typer.Option(help="Folder that keeps the downloads.")] = Path("data"),
+    data_dir: Annotated[Path, typer.Option(envvar="PERTURBED_DATA", help="Folder that keeps the downloads.")] = Path(
+        "data"
+    ),
     mirror: Annotated[
         str, typer.Option(envvar="PERTURBED_MIRROR", help="Folder looked in first, by name and hash.")
     ] = "",

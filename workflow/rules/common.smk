@@ -7,6 +7,7 @@ from perturbed.plan import RUN_FIGURES, SPLIT_FIGURES, read_plan
 plan = read_plan(config)
 
 # Where a file comes from changes no result, so it is no parameter: changing it must not fetch anything anew.
+environ["PERTURBED_DATA"] = plan.config.data
 environ["PERTURBED_MIRROR"] = plan.config.mirror or ""
 environ["PERTURBED_ALLOW_UNPINNED"] = str(int(plan.config.allow_unpinned))
 

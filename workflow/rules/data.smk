@@ -18,12 +18,10 @@ rule fetch:
         runtime=240,
     params:
         card=plan.card_slice("source", "keys", "expect"),
-        folder=plan.config.data,
     message:
         "Fetch {wildcards.dataset}"
     shell:
-        "perturbed fetch --dataset {wildcards.dataset} --card {params.card:q} --data-dir {params.folder:q}"
-        " --out {output.raw} 2>&1 | tee {log}"
+        "perturbed fetch --dataset {wildcards.dataset} --card {params.card:q} --out {output.raw} 2>&1 | tee {log}"
 
 
 rule simulate:
