@@ -128,7 +128,7 @@ def test_a_users_own_prediction_gets_the_same_table(finished_run: Run, tmp_path)
     ours = anndata.read_h5ad(fold / "additive/seed0/prediction.h5ad")
     mine = anndata.AnnData(ours.X[::-1, ::-1].copy(), obs=ours.obs[["perturbation"]][::-1], var=ours.var[::-1])
     extra = anndata.AnnData(np.zeros((len(mine), 1)), obs=mine.obs, var=pd.DataFrame(index=["further"]))
-    anndata.concat([mine, extra], axis="columns", merge="first").write_h5ad(tmp_path / "mine.h5ad")
+    anndata.concat([mine, extra], axis="var", merge="first").write_h5ad(tmp_path / "mine.h5ad")
     call = [
         sys.executable,
         "-m",

@@ -56,9 +56,9 @@ def _unreadable(path: str | Path, error: Exception) -> DataError:
 
 
 def write_h5ad(path: str | Path, adata: AnnData) -> None:
-    """Write an h5ad file, whole or not at all."""
+    """Write an h5ad file, whole or not at all; equal content is equal bytes (which lzf does not promise)."""
     with atomic(path) as part:
-        adata.write_h5ad(part, compression="lzf")
+        adata.write_h5ad(part, compression="gzip", compression_opts=1)
 
 
 def check_prepared(adata: AnnData, path: str | Path) -> None:

@@ -51,7 +51,7 @@ def write_raw(paths: Sequence[Path], out: Path, provenance: str, name: str) -> N
         check_h5ad(paths[0], name)
         shutil.copyfile(paths[0], out)
     elif any(".mtx" in path.suffixes for path in paths):
-        read_triple(paths, name).write_h5ad(out, compression="lzf")
+        read_triple(paths, name).write_h5ad(out, compression="gzip", compression_opts=1)
     else:
         names = ", ".join(path.name for path in paths)
         raise DataError(f"{name}: source.files: {names}: give one h5ad, or matrix.mtx with genes and barcodes")
