@@ -28,6 +28,7 @@ from perturbed.data.simulate import write_simulation
 from perturbed.data.split import make_split
 from perturbed.evaluation.evaluate import evaluate
 from perturbed.evaluation.references import score_references
+from perturbed.evaluation.statistics import arrange, contrast
 from perturbed.evaluation.summarise import summarise
 from perturbed.models.base import FitRun, TrainingData, build
 from perturbed.models.inputs import load_training_data
@@ -98,6 +99,8 @@ def test_oracle_beats_perturbedvae_beats_the_floors(screen, tmp_path):
     contrasts, summary = judge(tables, tmp_path, ("no_change", "mean_effect", "additive"))
     assert difference(contrasts, "perturbedvae", "mean_effect", "pearson_delta_ctrl")["ci_low"] > 0
     assert difference(contrasts, "perturbedvae", "no_change", "l2_delta")["ci_low"] > 0  # oriented: above 0 is better
+    (grid,) = arrange(pd.concat(tables), StatisticsSpec(n_bootstrap=1000))
+    assert contrast(grid, "noise_free", "perturbedvae", "pearson_delta_ctrl", 1).difference.low > 0
     value = summary["mean"]
     assert value["noise_free", "pearson_delta_ctrl"] > value["perturbedvae", "pearson_delta_ctrl"]
     assert value["noise_free", "pearson_delta_ctrl"] > value["additive", "pearson_delta_ctrl"]
