@@ -138,6 +138,7 @@ def simulate(
     card: CardOption,
     out: Out,
     truth: Annotated[Path, typer.Option(help="Where the planted truth is written.")],
+    gene_sets: Annotated[Path | None, typer.Option(help="Where the planted gene sets go (GMT).")] = None,
 ) -> None:
     """Simulate Perturb-seq with planted truth: raw.h5ad, and truth.h5ad with the noise-free expression."""
     from perturbed.data.cards import SimulationSource
@@ -148,7 +149,7 @@ def simulate(
     if not isinstance(parsed.source, SimulationSource):
         raise ConfigError(f"--card: source.kind of {dataset} is {parsed.source.kind!r}, not simulation; use `fetch`")
     with recorded("simulate", out, {}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
-        write_simulation(parsed.source, dataset, out, truth)
+        write_simulation(parsed.source, dataset, out, truth, gene_sets)
 
 
 @app.command()
@@ -233,18 +234,20 @@ def fit(
     threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
     history: Annotated[Path | None, typer.Option(help="Where the loss by epoch goes (csv).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Last checkpoint, to resume exactly from.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="A side file of the data, as ROLE=PATH.")] = None,
 ) -> None:
     """Fit one method on the training cells of one split: model/ with config.json and state.pt."""
     from perturbed.models.fitting import fit_model
     from perturbed.provenance import recorded
 
-    inputs = {"prepared": prepared, "split": split, "features": features, "leakage": leakage}
+    files = {role: Path(path) for role, _, path in (item.partition("=") for item in file or [])}
+    inputs = {"prepared": prepared, "split": split, "features": features, "leakage": leakage, **files}
     spec = read_option(method, "--method")
     with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:
         record["device"] = fit_model(
             spec, prepared, split, features, out,
             name=name, leakage=leakage, seed=seed, device=device, threads=threads,
-            history=history, checkpoint=checkpoint,
+            history=history, checkpoint=checkpoint, files=files,
         )  # fmt: skip
 
 

@@ -45,8 +45,15 @@ class _Split(Section):
     val_fraction: Fraction = 0.1
     """Share of the remaining training cells, per condition, set aside for early stopping. 0 when a method must see
     all."""
+    train_cells: int | None = Field(None, ge=2)
+    """At most so many training cells of each perturbation and context (validation cells not counted), nested for one
+    seed: the cells of a smaller number are among those of a larger one. Leave out for all."""
+    train_controls: int | None = Field(None, ge=2)
+    """The same for control cells."""
     methods: tuple[str, ...] | None = None
     """Restrict this split to some of the methods of the run; leave out for all."""
+    datasets: tuple[str, ...] | None = None
+    """Restrict this split to some of the datasets of the run; leave out for all."""
 
     @property
     def n_folds(self) -> int:
@@ -187,6 +194,17 @@ class StatisticsSpec(Section):
     """Seed of the bootstrap."""
 
 
+class Variant(Section):
+    """A method of the run under another name: a file of `config/methods` with some hyper-parameters changed."""
+
+    method: str
+    """The method's file."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Hyper-parameters that differ from the file, and from `method_params` of that method."""
+    title: str | None = None
+    """Name in tables and figures; else the variant's name."""
+
+
 class RunConfig(Section):
     """A whole run. `dataset`, `methods`, `splits` and `seeds` span the grid."""
 
@@ -201,6 +219,8 @@ class RunConfig(Section):
     features: FeatureSpec = FeatureSpec()
     method_params: dict[str, dict[str, Any]] = {}
     """Hyper-parameters of this run that differ from the method's file, by method."""
+    variants: dict[str, Variant] = {}
+    """Methods under other names with other hyper-parameters, for ablations and sweeps; name them in `methods`."""
     evaluation: EvaluationSpec = EvaluationSpec()
     statistics: StatisticsSpec = StatisticsSpec()
     device: Literal["auto", "cpu", "cuda"] = "auto"

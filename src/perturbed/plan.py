@@ -63,9 +63,13 @@ class Plan:
         self._check_names()
 
     def _method(self, name: str) -> MethodSpec:
-        spec = load_method_spec(name, self.config.method_files)
-        overrides = self.config.method_params.get(name, {})
-        return spec.model_copy(update={"params": {**spec.params, **overrides}})
+        variant = self.config.variants.get(name)
+        base = name if variant is None else variant.method
+        spec = load_method_spec(base, self.config.method_files)
+        params = {**spec.params, **self.config.method_params.get(base, {})}
+        if variant is None:
+            return spec.model_copy(update={"params": params})
+        return spec.model_copy(update={"params": {**params, **variant.params}, "title": variant.title or name})
 
     def _check_spelling(self) -> None:
         """Names become wildcards and folders, so they must be plain."""
@@ -78,14 +82,23 @@ class Plan:
     def _check_names(self) -> None:
         from perturbed.evaluation.registry import METRICS
 
-        config, run = self.config, set(self.config.methods)
-        known = {*run, *(path.stem for folder in config.method_files for path in Path(folder).glob("*.yaml"))}
+        config = self.config
+        files = {path.stem for folder in config.method_files for path in Path(folder).glob("*.yaml")}
+        for name in config.variants:
+            if name in files:
+                raise ConfigError(f"config: variants: {name!r} is a method's name already; choose another")
+        known = {*config.methods, *files, *config.variants}
         named = {"method_params": config.method_params, "statistics.baselines": config.statistics.baselines}
         named |= {f"splits.{name}.methods": spec.methods or () for name, spec in config.splits.items()}
         for key, names in named.items():
             for name in names:
                 if name not in known:
                     raise ConfigError(f"config: {key}: no method {name!r}; {suggest(name, known)}")
+        for name, spec in config.splits.items():
+            for dataset in spec.datasets or ():
+                if dataset not in config.dataset:
+                    suggestion = suggest(dataset, config.dataset)
+                    raise ConfigError(f"config: splits.{name}.datasets: no dataset {dataset!r}; {suggestion}")
         for key in ("primary_method", "primary_baseline"):
             name = getattr(config.statistics, key)
             if name not in known:
@@ -115,13 +128,20 @@ class Plan:
         config = self.config
         for name in config.dataset if dataset is None else (dataset,):
             for key in config.splits if split is None else (split,):
-                allowed = config.splits[key].methods
-                for fold in range(config.splits[key].n_folds):
+                spec = config.splits[key]
+                if spec.datasets is not None and name not in spec.datasets:
+                    continue
+                for fold in range(spec.n_folds):
                     for method in config.methods:
-                        if allowed is not None and method not in allowed:
+                        if (spec.methods is not None and method not in spec.methods) or self.lacks(method, name):
                             continue
                         for seed in config.seeds if self.methods[method].stochastic else config.seeds[:1]:
                             yield Job(name, key, fold, method, seed)
+
+    def lacks(self, method: str, dataset: str) -> list[str]:
+        """What the method requires and the dataset does not offer; empty where it runs."""
+        offered = self.cards[dataset].provides
+        return [need for need in self.methods[method].requires if need not in offered]
 
     # --- paths ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +200,7 @@ class Plan:
 
     def split_slice(self, wildcards: Any) -> str:
         """The split's own section; which methods run on it changes no split."""
-        return as_json(self.config.splits[wildcards.split].model_dump(mode="json", exclude={"methods"}))
+        return as_json(self.config.splits[wildcards.split].model_dump(mode="json", exclude={"methods", "datasets"}))
 
     def method_slice(self, wildcards: Any) -> str:
         """What is saved with the model: title, implementation and parameters; resources change no fit."""
@@ -206,6 +226,32 @@ class Plan:
     def gpus(self, wildcards: Any) -> int:
         """GPUs of a fit: one for a method that wants one, unless the run is told to stay on the CPU."""
         return int(self.methods[wildcards.method].resources == "gpu" and self.config.device != "cpu")
+
+    def program(self, wildcards: Any) -> str:
+        """The command that fits and predicts: that of the method's own environment, where it has one."""
+        environment = self.methods[wildcards.method].environment
+        return f".envs/{environment}/bin/perturbed" if environment else "perturbed"
+
+    def environment_input(self, wildcards: Any) -> list[str]:
+        """The stamp of the method's own environment."""
+        environment = self.methods[wildcards.method].environment
+        return [f".envs/{environment}/.ready"] if environment else []
+
+    def side_files(self, wildcards: Any) -> dict[str, str]:
+        """The side files that the method requires, by role."""
+        card = self.cards[wildcards.dataset]
+        found = {role: path for role, path in card.files if path is not None}
+        if wildcards.dataset in self.simulated:
+            found.setdefault("gene_sets", self.data("gene_sets.gmt").format(dataset=wildcards.dataset))
+        return {role: found[role] for role in self.methods[wildcards.method].requires if role in found}
+
+    def side_file_input(self, wildcards: Any) -> list[str]:
+        """Paths of the side files."""
+        return list(self.side_files(wildcards).values())
+
+    def side_file_options(self, wildcards: Any) -> str:
+        """The same as options of `perturbed fit`."""
+        return " ".join(f"--file {role}={path}" for role, path in self.side_files(wildcards).items())
 
     # --- inputs that depend on the wildcards ----------------------------------------------------------------------
 

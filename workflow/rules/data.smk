@@ -28,6 +28,7 @@ rule simulate:
     output:
         raw=plan.data("raw.h5ad"),
         truth=plan.data("truth.h5ad"),
+        gene_sets=plan.data("gene_sets.gmt"),
     log:
         plan.data("logs/simulate.log"),
     benchmark:
@@ -45,7 +46,7 @@ rule simulate:
         "Simulate {wildcards.dataset}, with planted truth"
     shell:
         "perturbed simulate --dataset {wildcards.dataset} --card {params.card:q}"
-        " --out {output.raw} --truth {output.truth} 2>&1 | tee {log}"
+        " --out {output.raw} --truth {output.truth} --gene-sets {output.gene_sets} 2>&1 | tee {log}"
 
 
 rule prepare:

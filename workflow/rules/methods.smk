@@ -7,6 +7,8 @@ rule fit:
         split=plan.fold("split.csv"),
         features=plan.fold("features.csv"),
         leakage=plan.fold("leakage.json"),
+        environment=plan.environment_input,
+        files=plan.side_file_input,
     output:
         model=directory(plan.fit("model")),
         history=plan.fit("training.csv"),
@@ -25,12 +27,14 @@ rule fit:
         method=plan.method_slice,
         device=plan.config.device,
         checkpoint=lambda wildcards, output: f"{output.model}.checkpoint",
+        program=plan.program,
+        files=plan.side_file_options,
     message:
         "Fit {wildcards.method} on {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}, seed {wildcards.seed}"
     shell:
-        "perturbed fit --prepared {input.prepared} --split {input.split} --features {input.features}"
+        "{params.program} fit --prepared {input.prepared} --split {input.split} --features {input.features}"
         " --leakage {input.leakage} --method {params.method:q} --name {wildcards.method}"
-        " --seed {wildcards.seed} --device {params.device}"
+        " --seed {wildcards.seed} --device {params.device} {params.files}"
         " --threads {threads} --checkpoint {params.checkpoint} --history {output.history} --out {output.model}"
         " 2>&1 | tee {log}"
 
@@ -51,8 +55,10 @@ rule predict:
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        program=plan.program,
     message:
         "Predict with {wildcards.method} on {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}, seed {wildcards.seed}"
     shell:
-        "perturbed predict --model {input.model} --prepared {input.prepared} --split {input.split}"
+        "{params.program} predict --model {input.model} --prepared {input.prepared} --split {input.split}"
         " --method {wildcards.method} --seed {wildcards.seed} --out {output.prediction} 2>&1 | tee {log}"

@@ -176,6 +176,19 @@ class About(Section):
     note: str = ""
 
 
+class SideFiles(Section):
+    """Files that some methods need beside the cells, by what they hold; paths relative to the folder of the run."""
+
+    gene_sets: str | None = None
+    """Gene sets (GMT), with gene names as in `var_names`. Simulated data bring their planted ones."""
+    gene_graph: str | None = None
+    """Graph of genes (CSV: source, target, importance)."""
+    gene_embedding: str | None = None
+    """Vectors of genes: h5ad with genes in rows, or CSV with the gene in the first column."""
+    cell_embedding: str | None = None
+    """Vectors of cells: h5ad or CSV by cell name, made by a model that saw no label of these cells."""
+
+
 class Card(Section):
     """One dataset."""
 
@@ -183,7 +196,22 @@ class Card(Section):
     keys: Keys = Keys()
     prepare: Preparation = Preparation()
     expect: Expectations = Expectations()
+    files: SideFiles = SideFiles()
+    anonymous_genes: bool = False
+    """True where the genes' names say nothing, so that nothing known of genes can be used."""
     about: About = About()
+
+    @property
+    def provides(self) -> set[str]:
+        """What the data offer of that which a method may require."""
+        offered = {role for role, path in self.files if path is not None}
+        if isinstance(self.source, SimulationSource):
+            offered.add("gene_sets")
+        if self.keys.counts is not None:
+            offered.add("counts")
+        if not self.anonymous_genes:
+            offered.add("gene_names")
+        return offered
 
 
 def load_card(name: str, folders: Sequence[str | Path]) -> Card:

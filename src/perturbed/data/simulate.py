@@ -36,6 +36,7 @@ from perturbed.data.simulators.world import (
     stream,
 )
 from perturbed.errors import ConfigError
+from perturbed.files import write_text
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -78,9 +79,19 @@ def simulate(source: SimulationSource, name: str) -> tuple[AnnData, AnnData]:
     return raw, truth
 
 
-def write_simulation(source: SimulationSource, name: str, raw_path: str | Path, truth_path: str | Path) -> None:
-    """Simulate the cells of a card and write `raw.h5ad` and `truth.h5ad`."""
+def write_simulation(
+    source: SimulationSource,
+    name: str,
+    raw_path: str | Path,
+    truth_path: str | Path,
+    gene_sets_path: str | Path | None = None,
+) -> None:
+    """Simulate the cells of a card and write `raw.h5ad`, `truth.h5ad` and, where asked for, the planted gene sets."""
     raw, truth = simulate(source, name)
+    if gene_sets_path is not None:
+        sets = json.loads(truth.uns["gene_sets"])
+        lines = ["\t".join([program, "planted", *genes]) for program, genes in sorted(sets.items())]
+        write_text(gene_sets_path, "\n".join(lines) + "\n")
     write_h5ad(truth_path, truth)
     write_h5ad(raw_path, raw)
 

@@ -71,11 +71,12 @@ def make_split(obs: pd.DataFrame, spec: SplitSpec, fold: int = 0, *, dataset: st
         cells["part"] = _ASSIGN[type(spec)](cells, spec, fold, where)
         _draw_controls(cells, spec, fold)
         _draw_validation(cells, spec)
+        _cap_training(cells, spec)
         cells = cells.reindex(obs.index.astype(str))
     cells["subgroup"] = subgroups(cells)
     _check_parts(cells, where)
     header = {"dataset": dataset, "split": name, "fold": fold, "seed": spec.seed}
-    header["spec"] = spec.model_dump(mode="json", exclude={"methods"})
+    header["spec"] = spec.model_dump(mode="json", exclude={"methods", "datasets"})
     split = Split(cells[["perturbation", "part", "subgroup"]].rename_axis("cell"), header)
     log.info("%s\n%s", where, count_parts(split).to_string())
     return split
@@ -310,6 +311,17 @@ def _draw_validation(cells: pd.DataFrame, spec: SplitSpec) -> None:
         n_val = min(_share(len(members), spec.val_fraction), len(members) - 1)
         order = _shuffle(members, spec.seed, "val", condition)
         cells.loc[order[:n_val], "part"] = "val"
+
+
+def _cap_training(cells: pd.DataFrame, spec: SplitSpec) -> None:
+    """Move training cells beyond the caps to the unused ones; one order per condition makes smaller caps nested."""
+    train = cells[cells["part"] == "train"]
+    conditions = train["perturbation"] + "|" + train["context"]
+    for condition, members in train.groupby(conditions, sort=True).groups.items():
+        is_control = train.loc[members[0], "perturbation"] == CONTROL
+        cap = spec.train_controls if is_control else spec.train_cells
+        if cap is not None:
+            cells.loc[_shuffle(members, spec.seed, "cap", condition)[cap:], "part"] = "unused"
 
 
 def subgroups(cells: pd.DataFrame) -> np.ndarray:

@@ -64,6 +64,10 @@ class TrainingData:
         Total counts of each cell over all genes (n_cells,), or None.
     covariates
         Further columns of `obs`, one row per cell.
+    cells
+        Names of the cells (n_cells,), to find their rows in a file of cell embeddings.
+    files
+        The dataset's side files by role (`gene_sets`, `gene_graph`, `gene_embedding`, `cell_embedding`).
     """
 
     X: sparse.csr_matrix
@@ -76,6 +80,8 @@ class TrainingData:
     counts: sparse.csr_matrix | None = None
     library: np.ndarray | None = None
     covariates: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cells: np.ndarray = field(default_factory=lambda: np.array([], dtype=object))
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def seen_genes(self) -> tuple[str, ...]:
@@ -128,6 +134,33 @@ class Method(ABC):
         for context in sorted(set(data.context)):
             if not ((data.perturbation == CONTROL) & (data.context == context)).any():
                 raise MethodError(f"context {context!r} has no control cells in training; every method needs them")
+
+    def require_file(self, data: TrainingData, role: str) -> Path:
+        """The side file of a role.
+
+        Raises
+        ------
+        MethodError
+            If the dataset's card names none.
+        """
+        if role not in data.files:
+            raise MethodError(f"{type(self).__name__} needs a {role} file; name it in the card, under files.{role}")
+        return data.files[role]
+
+    def represent(self, X: sparse.csr_matrix) -> np.ndarray:
+        """Frozen representation of cells that never sees their condition (n_cells, n_dimensions).
+
+        Parameters
+        ----------
+        X
+            Log-normalised expression on `genes`, CSR (n_cells, n_genes).
+
+        Raises
+        ------
+        MethodError
+            If the method has none.
+        """
+        raise MethodError(f"{type(self).__name__} has no representation of cells to probe")
 
     @abstractmethod
     def fit(self, data: TrainingData, run: FitRun) -> None:

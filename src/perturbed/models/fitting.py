@@ -39,8 +39,11 @@ def fit_model(
     threads: int = 1,
     history: Path | None = None,
     checkpoint: Path | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> str:
     """Fit a method and save it; return the device it trained on.
+
+    `files` are the dataset's side files by role.
 
     Raises
     ------
@@ -54,7 +57,7 @@ def fit_model(
     header = read_split(split).header
     _check_leakage_file(leakage, header)
     where = _seed_everything(seed, device, threads)
-    data = load_training_data(prepared, split, features)
+    data = load_training_data(prepared, split, features, files)
     method.check(data)
     rows: list[dict[str, float]] = []
     run = FitRun(seed=seed, device=where, checkpoint=checkpoint, history=lambda row: rows.append(dict(row)))

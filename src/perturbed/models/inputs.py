@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from perturbed.models.base import TrainingData
 _KNOWN = ("perturbation", "n_perturbed", "context")
 
 
-def load_training_data(prepared: str | Path, split: str | Path, features: str | Path) -> TrainingData:
+def load_training_data(
+    prepared: str | Path, split: str | Path, features: str | Path, files: Mapping[str, Path] | None = None
+) -> TrainingData:
     """Read the training and validation cells of a split, on the split's genes.
 
     Of the matrices on disk only the rows of these cells are read. Cells and genes are found by name; rows are in the
@@ -25,6 +28,8 @@ def load_training_data(prepared: str | Path, split: str | Path, features: str | 
     ----------
     prepared, split, features
         Paths of `prepared.h5ad`, `split.csv` and `features.csv`.
+    files
+        Side files by role, handed on to the method.
 
     Returns
     -------
@@ -64,6 +69,8 @@ def load_training_data(prepared: str | Path, split: str | Path, features: str | 
         counts=None if counts is None else counts[:, columns].astype(np.float32, copy=False),
         library=None if counts is None else row_sums(counts),
         covariates=cells.drop(columns=list(_KNOWN)),
+        cells=cells.index.to_numpy(dtype=object),
+        files=dict(files or {}),
     )
 
 

@@ -11,6 +11,9 @@ from pydantic import Field
 from perturbed.config import Section, parse, read_yaml
 from perturbed.errors import ConfigError, suggest
 
+Requirement = Literal["counts", "gene_names", "gene_sets", "gene_graph", "gene_embedding", "cell_embedding"]
+"""What a method may need of a dataset beyond log-normalised cells with labels; `Card.provides` says what one offers."""
+
 
 class MethodSpec(Section):
     """One file of `config/methods`."""
@@ -23,6 +26,10 @@ class MethodSpec(Section):
     """Hyper-parameters; the class's `Params` lists them all."""
     stochastic: bool = False
     """True where another seed gives another fit; a method without randomness runs for the first seed only."""
+    requires: tuple[Requirement, ...] = ()
+    """What the data must offer. On data that do not, the method is left out by name, and the report says so."""
+    environment: str = ""
+    """Name of an environment of its own (`envs/NAME.lock`), for a method whose packages do not go with ours."""
     resources: Literal["cpu", "gpu"] = "cpu"
     """Class of machine it wants; profiles say what that means."""
     mem_mb: int = 4000

@@ -1,0 +1,1 @@
+"""What a fitted model learned: identifiability on planted truth, programs, and probes of its representation."""
