@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from perturbed.config import RunConfig, load_config, read_yaml
+from perturbed.config import read_yaml
 from perturbed.errors import ConfigError
 from perturbed.plan import Plan
 from perturbed.reference import reference_pages
+from perturbed.run_config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,14 +10,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 import typer.core
 import yaml
 
+from perturbed.cli_options import CardOption, Dataset, FeatureFile, Out, Prepared, Spec, SplitFile, Titles, read_option
+from perturbed.cli_studies import study_app
 from perturbed.errors import ConfigError, PerturbedError
 
 
@@ -49,30 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-Out = Annotated[Path, typer.Option("--out", help="File or folder to write, whole or not at all.")]
-Prepared = Annotated[Path, typer.Option(help="prepared.h5ad")]
-SplitFile = Annotated[Path, typer.Option("--split", help="split.csv")]
-FeatureFile = Annotated[Path, typer.Option("--features", help="features.csv")]
-CardOption = Annotated[str, typer.Option("--card", help="Dataset card: YAML or JSON text, or a file.")]
-Dataset = Annotated[str, typer.Option(help="Name of the dataset.")]
-Spec = Annotated[str, typer.Option("--spec", help="The stage's section of the config: YAML or JSON text, or a file.")]
-
-
-def read_option(text: str, name: str) -> dict[str, Any]:
-    """A mapping given as YAML or JSON text, or as the path of a YAML file."""
-    from perturbed.config import read_yaml
-
-    if "\n" not in text and not text.lstrip().startswith("{") and text.strip():
-        return read_yaml(text)
-    try:
-        value = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML or JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name}: must hold a mapping of keys to values")
-    return value
+app.add_typer(study_app, name="study")
 
 
 def _split_spec(text: str) -> Any:
@@ -315,15 +293,22 @@ def summarise(
     scores: Annotated[list[Path], typer.Argument(help="scores.parquet files, references included.")],
     out: Out,
     spec: Spec = "{}",
+    config: Annotated[str, typer.Option(help="The run, for capabilities.csv: which method runs on which data.")] = "",
 ) -> None:
     """Merge scores and judge the differences: summary, contrasts, strata, calibration and undefined scores."""
     from perturbed.config import StatisticsSpec, parse
     from perturbed.evaluation.summarise import summarise as run
+    from perturbed.files import atomic
+    from perturbed.plan import Plan
     from perturbed.provenance import recorded
 
     parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
+    capabilities = Plan(read_option(config, "--config")).tabulate_capabilities() if config else None
     with recorded("summarise", out, {}, {"spec": parsed.model_dump(mode="json"), "n_files": len(scores)}):
-        run(scores, parsed, out)
+        with atomic(out) as part:
+            run(scores, parsed, part)
+            if capabilities is not None:
+                capabilities.to_csv(part / "capabilities.csv", index=False, lineterminator="\n")
 
 
 @app.command()
@@ -335,7 +320,7 @@ def figure(
     dataset: Annotated[str, typer.Option(help="Dataset to draw.")] = "",
     split: Annotated[str, typer.Option("--split-name", help="Split to draw.")] = "",
     spec: Spec = "{}",
-    titles: Annotated[str, typer.Option(help="Method titles as a mapping.")] = "{}",
+    titles: Titles = "{}",
 ) -> None:
     """Draw a figure from tables: svg, png and the source data as csv."""
     from perturbed.config import StatisticsSpec, parse
@@ -367,6 +352,23 @@ def config(
     if resolve is not None:
         resolved = Plan(read_option(resolve, "--resolve")).config.model_dump(mode="json")
         write_text(out, yaml.safe_dump(resolved, sort_keys=False))
+
+
+@app.command()
+def longest(
+    results: Annotated[Path, typer.Option(help="Folder of a run.")],
+    n: Annotated[int, typer.Option(help="How many jobs.", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the table goes (csv); else it is printed only.")] = None,
+) -> None:
+    """The longest jobs of a run, from the benchmark files that every rule leaves."""
+    from perturbed.jobs import find_longest, spell_longest
+    from perturbed.files import atomic
+
+    table = find_longest(results, n)
+    typer.echo(spell_longest(table))
+    if out is not None:
+        with atomic(out) as part:
+            table.to_csv(part, index=False, lineterminator="\n")
 
 
 def _interrupt(*_: object) -> None:

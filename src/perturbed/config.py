@@ -1,12 +1,12 @@
-"""The one strict configuration: every key is declared here, documented here and checked here.
+"""Sections of the strict configuration: every key is declared, documented and checked in one of these models.
 
-The JSON schema (`config/schema.json`) and the reference page (`docs/configuration.md`) are generated from
-these models by `perturbed config --write`; a test fails when they drift.
+`perturbed.run_config` joins them to the configuration of a run; dataset cards, method files and studies are sections of
+their own modules. The JSON schema (`config/schema.json`) and the reference page (`docs/configuration.md`) are generated
+from the models by `perturbed config --write`; a test fails when they drift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,11 +25,12 @@ class Section(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """A single name or number as a tuple of one, so that configs may leave the brackets out."""
     return (value,) if isinstance(value, str | int) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -194,53 +195,6 @@ class StatisticsSpec(Section):
     """Seed of the bootstrap."""
 
 
-class Variant(Section):
-    """A method of the run under another name: a file of `config/methods` with some hyper-parameters changed."""
-
-    method: str
-    """The method's file."""
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Hyper-parameters that differ from the file, and from `method_params` of that method."""
-    title: str | None = None
-    """Name in tables and figures; else the variant's name."""
-
-
-class RunConfig(Section):
-    """A whole run. `dataset`, `methods`, `splits` and `seeds` span the grid."""
-
-    dataset: Names = ("simulation", "simulation_epistasis")
-    """One or more cards of `config/datasets` by name. Swap it in one word: `snakemake --config dataset=NAME`."""
-    methods: Names = ("no_change", "mean_effect", "additive", "matching_mean", "pca_ridge", "perturbedvae")
-    """Files of `config/methods` by name."""
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0, 1, 2)
-    """Training seeds; methods without randomness run once."""
-    splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}
-    """The splits by name."""
-    features: FeatureSpec = FeatureSpec()
-    method_params: dict[str, dict[str, Any]] = {}
-    """Hyper-parameters of this run that differ from the method's file, by method."""
-    variants: dict[str, Variant] = {}
-    """Methods under other names with other hyper-parameters, for ablations and sweeps; name them in `methods`."""
-    evaluation: EvaluationSpec = EvaluationSpec()
-    statistics: StatisticsSpec = StatisticsSpec()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the torch models train; `auto` takes a GPU where there is one."""
-    threads: int = Field(1, ge=1)
-    """Threads of one training job."""
-    results: str = "results"
-    """Folder of everything that is computed. Give each config its own."""
-    data: str = "data"
-    """Folder of downloads; share it between configs."""
-    mirror: str | None = None
-    """A folder with files downloaded before, looked up by name and hash; for clusters without internet."""
-    allow_unpinned: bool = False
-    """Accept downloads whose hash nobody has pinned yet; their hash is printed for pinning."""
-    cards: Names = ("config/datasets",)
-    """Folders searched for dataset cards, in order; add your own."""
-    method_files: Names = ("config/methods",)
-    """Folders searched for method files, in order; add your own."""
-
-
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +230,7 @@ def _is_tag(part: str | int) -> bool:
 
 _KINDS = {"heldout_cells", "unseen_single", "unseen_combo", "context", "from_column", "from_file"}
 _KINDS |= {"url", "path", "simulation", "census"}
+_KINDS |= {"comparison", "conditions", "sweep", "denoising", "probe", "programs", "identifiability", "latent_map"}
 
 
 def _valid_keys(model: type[BaseModel], location: tuple[str | int, ...]) -> set[str]:
@@ -322,8 +277,3 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys to values")
     return value
-
-
-def load_config(value: Mapping[str, Any], where: str = "config") -> RunConfig:
-    """The run's configuration from a mapping, such as Snakemake's `config`."""
-    return parse(RunConfig, dict(value), where)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perturbed.config import RunConfig, load_config
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.models.spec import MethodSpec, load_method_spec
+from perturbed.run_config import RunConfig, load_config
+from perturbed.study_plan import StudyPlan
 
 RUN_FIGURES = ("overview", "calibration")
 """Figures of the whole run."""
@@ -59,8 +60,11 @@ class Plan:
         self.config: RunConfig = load_config(config)
         self._check_spelling()
         self.cards: dict[str, Card] = {name: load_card(name, self.config.cards) for name in self.config.dataset}
-        self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in self.config.methods}
+        self.studies = StudyPlan(self)
+        wanted = dict.fromkeys([*self.config.methods, *self.studies.methods])
+        self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in wanted}
         self._check_names()
+        self.studies.check()
 
     def _method(self, name: str) -> MethodSpec:
         variant = self.config.variants.get(name)
@@ -74,7 +78,8 @@ class Plan:
     def _check_spelling(self) -> None:
         """Names become wildcards and folders, so they must be plain."""
         config = self.config
-        for key, names in {"dataset": config.dataset, "methods": config.methods, "splits": config.splits}.items():
+        named = {"dataset": config.dataset, "methods": config.methods, "splits": config.splits}
+        for key, names in {**named, "studies": config.studies, "variants": config.variants}.items():
             for name in names:
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                     raise ConfigError(f"config: {key}: {name!r} is no usable name; use letters, digits, _ and -")
@@ -88,7 +93,11 @@ class Plan:
             if name in files:
                 raise ConfigError(f"config: variants: {name!r} is a method's name already; choose another")
         known = {*config.methods, *files, *config.variants}
-        named = {"method_params": config.method_params, "statistics.baselines": config.statistics.baselines}
+        named = {
+            "method_params": config.method_params,
+            "method_seeds": config.method_seeds,
+            "statistics.baselines": config.statistics.baselines,
+        }
         named |= {f"splits.{name}.methods": spec.methods or () for name, spec in config.splits.items()}
         for key, names in named.items():
             for name in names:
@@ -125,18 +134,42 @@ class Plan:
 
     def jobs(self, dataset: str | None = None, split: str | None = None) -> Iterator[Job]:
         """Every fit of the run, in a fixed order; methods without randomness run for the first seed only."""
+        for job in self._jobs:
+            if dataset in (None, job.dataset) and split in (None, job.split):
+                yield job
+
+    @cached_property
+    def _jobs(self) -> tuple[Job, ...]:
+        """The grid of the benchmark, and what the studies need besides."""
         config = self.config
-        for name in config.dataset if dataset is None else (dataset,):
-            for key in config.splits if split is None else (split,):
-                spec = config.splits[key]
-                if spec.datasets is not None and name not in spec.datasets:
-                    continue
-                for fold in range(spec.n_folds):
-                    for method in config.methods:
-                        if (spec.methods is not None and method not in spec.methods) or self.lacks(method, name):
-                            continue
-                        for seed in config.seeds if self.methods[method].stochastic else config.seeds[:1]:
-                            yield Job(name, key, fold, method, seed)
+        jobs = {
+            job: None
+            for name in config.dataset
+            for key, spec in config.splits.items()
+            for job in self.cell(name, key, [m for m in config.methods if spec.methods is None or m in spec.methods])
+        }
+        return tuple({**jobs, **{job: None for study in config.studies for job in self.studies.jobs(study)}})
+
+    def cell(self, dataset: str, split: str, methods: Iterable[str]) -> Iterator[Job]:
+        """Fits of these methods on one dataset and split: none where the split leaves the dataset out."""
+        spec = self.config.splits[split]
+        if spec.datasets is not None and dataset not in spec.datasets:
+            return
+        for fold in range(spec.n_folds):
+            for method in methods:
+                if not self.lacks(method, dataset):
+                    for seed in self.seeds(method):
+                        yield Job(dataset, split, fold, method, seed)
+
+    def seeds(self, method: str) -> tuple[int, ...]:
+        """The seeds a method runs with."""
+        seeds = self.config.seeds[: self.config.method_seeds.get(self._base(method))]
+        return seeds if self.methods[method].stochastic else seeds[:1]
+
+    def _base(self, method: str) -> str:
+        """The name under which `method_seeds` holds a method: its own, or that of the method it is a variant of."""
+        variant = self.config.variants.get(method)
+        return method if variant is None or method in self.config.method_seeds else variant.method
 
     def lacks(self, method: str, dataset: str) -> list[str]:
         """What the method requires and the dataset does not offer; empty where it runs."""
@@ -185,7 +218,8 @@ class Plan:
         run = [self.result(f"figures/{figure}.svg") for figure in RUN_FIGURES]
         pairs = dict.fromkeys((job.dataset, job.split) for job in self.jobs())
         names = [(d, s, figure) for d, s in pairs for figure in self.split_figures(d, s)]
-        return [*run, *(self.result(f"figures/{d}/{s}/{figure}.svg") for d, s, figure in names)]
+        of_splits = [self.result(f"figures/{d}/{s}/{figure}.svg") for d, s, figure in names]
+        return [*run, *of_splits, *self.studies.figures(self.config.studies)]
 
     def split_figures(self, dataset: str, split: str) -> list[str]:
         """The figures of one dataset and split; curves only where something trains."""

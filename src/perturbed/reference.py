@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perturbed.config import RunConfig
+from perturbed.run_config import RunConfig
 from perturbed.data.cards import Card
 from perturbed.files import write_text
 from perturbed.models.spec import MethodSpec

@@ -1,6 +1,7 @@
 """The one door of every method: `fit` on training cells, `predict` perturbations, save and load without pickles.
 
-A method is one class here and one file in `config/methods`. Adding one touches nothing else.
+A method is one class here and one file in `config/methods`. Adding one touches nothing else. torch is imported
+only where a method's state holds tensors: importing it takes longer than fitting a baseline.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
 
 from perturbed.config import Section, parse
@@ -38,6 +39,10 @@ __all__ = [
     "require_seen",
     "save_model",
 ]
+
+
+ARRAYS, TENSORS = "state.npz", "state.pt"
+"""Names of the two forms of a saved state."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class FitRun:
     history: Callable[[Mapping[str, float]], None] | None = None
     """Called once an epoch with the terms of the loss."""
     progress: bool = True
+    threads: int = 1
+    """Cores to work on; never changes the result."""
 
 
 class Method(ABC):
@@ -114,6 +121,8 @@ class Method(ABC):
     """True where the likelihood is one of counts; may be overridden per instance by `check`."""
     stochastic: ClassVar[bool] = False
     """True where another seed gives another fit."""
+    uses_torch: ClassVar[bool] = False
+    """True where torch is imported only while fitting; torch that comes with the class's module is noticed anyway."""
 
     def __init__(self, params: Section | None = None) -> None:
         self.params = params if params is not None else self.Params()
@@ -182,15 +191,18 @@ class Method(ABC):
         """Gene names of the predictions, known after `fit` or `load_state`."""
 
     @abstractmethod
-    def state(self) -> dict[str, torch.Tensor]:
-        """All learned tensors."""
+    def state(self) -> dict[str, Any]:
+        """All learned arrays, by name: numpy arrays (saved as `state.npz`) or torch tensors (saved as `state.pt`).
+
+        A mixture is saved as tensors, and all of it comes back as tensors.
+        """
 
     def meta(self) -> dict[str, Any]:
         """Learned things that are no tensors (names), as JSON values."""
         return {}
 
     @abstractmethod
-    def load_state(self, state: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Restore what `state` and `meta` returned."""
 
     def predict(self, targets: Sequence[tuple[str, str]], *, seed: int = 0) -> Prediction:
@@ -234,23 +246,48 @@ def build(spec: MethodSpec, overrides: Mapping[str, Any] | None = None) -> Metho
 
 
 def save_model(folder: str | Path, method: Method, spec: MethodSpec, extra: Mapping[str, Any] | None = None) -> None:
-    """Write `config.json` and `state.pt` (tensors only), whole or not at all; equal models are equal bytes."""
+    """Write `config.json` and the state, whole or not at all; equal models are equal bytes.
+
+    The state is `state.npz` where the method keeps numpy arrays, `state.pt` where it keeps tensors.
+    """
+    state = method.state()
     with atomic(folder) as part:
         part.mkdir()
         content = {**spec.model_dump(), "params": method.params.model_dump(mode="json"), "meta": method.meta()}
         write_json(part / "config.json", {**content, "extra": dict(extra or {})})
-        buffer = io.BytesIO()  # torch writes the name of a file into it; a buffer has none
-        torch.save({key: value.detach().cpu().contiguous() for key, value in method.state().items()}, buffer)
-        (part / "state.pt").write_bytes(buffer.getvalue())
+        if all(isinstance(value, np.ndarray) for value in state.values()):
+            (part / ARRAYS).write_bytes(_pack_arrays(state))
+        else:
+            (part / TENSORS).write_bytes(_pack_tensors(state))
+
+
+def _pack_arrays(state: Mapping[str, np.ndarray]) -> bytes:
+    """An npz of arrays in the order of their names; members carry a fixed date, so equal arrays are equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for key in sorted(state):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asarray(state[key], order="C"), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{key}.npy"), member.getvalue())
+    return buffer.getvalue()
+
+
+def _pack_tensors(state: Mapping[str, Any]) -> bytes:
+    import torch
+
+    tensors = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in state.items()}
+    buffer = io.BytesIO()  # torch writes the name of a file into it; a buffer has none
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
 
 
 def load_model(folder: str | Path) -> Method:
-    """Load a fitted method; nothing but tensors is ever unpickled."""
+    """Load a fitted method; nothing but arrays and tensors is ever unpickled."""
     folder = Path(folder)
     try:
         content = json.loads((folder / "config.json").read_text())
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    except Exception as error:  # torch and zip raise many kinds for a broken file
+        state = _read_state(folder)
+    except Exception as error:  # torch, numpy and zip raise many kinds for a broken file
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{folder}: not a readable model ({reason}); delete it and rerun `perturbed fit`") from None
     meta = content.pop("meta")
@@ -259,6 +296,15 @@ def load_model(folder: str | Path) -> Method:
     method = build(spec)
     method.load_state(state, meta)
     return method
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    if (folder / ARRAYS).is_file():
+        with np.load(folder / ARRAYS, allow_pickle=False) as archive:
+            return dict(archive)
+    import torch
+
+    return dict(torch.load(folder / TENSORS, weights_only=True, map_location="cpu"))
 
 
 def require_seen(perturbation: str, seen: Sequence[str], method: str) -> tuple[str, ...]:

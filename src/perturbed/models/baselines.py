@@ -8,15 +8,13 @@ are used alike, and every perturbation weighs the same, however many cells it ha
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field
 from scipy import sparse
-from torch import Tensor
 
 from perturbed.config import Section
 from perturbed.errors import MethodError, UnseenPerturbationError
@@ -88,6 +86,36 @@ def measure_effects(data: TrainingData) -> Effects:
     return Effects(np.stack([means[place[CONTROL, context]] for context in contexts]), effect, contexts, names)
 
 
+def embed_genes(effects: Effects, n_components: int) -> np.ndarray:
+    """Principal component scores of the genes in the training pseudobulks (n_genes, at most n_components).
+
+    The pseudobulks are one column a condition, control first, each column centred over genes
+    (Ahlmann-Eltze, Huber and Anders 2025).
+    """
+    n_genes = effects.effect.shape[1]
+    pseudobulk = effects.control.mean(axis=0) + np.vstack([np.zeros(n_genes), effects.effect])
+    u, s, _ = np.linalg.svd((pseudobulk - pseudobulk.mean(axis=1, keepdims=True)).T, full_matrices=False)
+    k = min(n_components, len(s))
+    return np.ascontiguousarray(u[:, :k] * s[:k])
+
+
+def find_embeddable(effects: Effects, genes: Sequence[str], method: str) -> list[int]:
+    """Rows of the perturbations all of whose genes are among the features.
+
+    Raises
+    ------
+    MethodError
+        If there is none.
+    """
+    known = set(genes)
+    usable = [i for i, name in enumerate(effects.perturbations) if known.issuperset(genes_of(name))]
+    if not usable:
+        raise MethodError(
+            f"{method} needs perturbed genes among the features and none is there; set `features.keep_perturbed`"
+        )
+    return usable
+
+
 class NoParams(Section):
     """The method has no hyper-parameters."""
 
@@ -139,12 +167,9 @@ class MeanBaseline(Method):
             raise MethodError(f"{type(self).__name__} needs perturbed training cells; all cells are control")
         return np.asarray(self._effects.effect.mean(axis=0))
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """Control means and effects, float64."""
-        return {
-            "control": torch.from_numpy(self._effects.control),
-            "effect": torch.from_numpy(self._effects.effect),
-        }
+        return {"control": self._effects.control, "effect": self._effects.effect}
 
     def meta(self) -> dict[str, Any]:
         """Names of genes, contexts and perturbations."""
@@ -154,10 +179,10 @@ class MeanBaseline(Method):
             "perturbations": self._effects.perturbations,
         }
 
-    def load_state(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Restore the mean profiles."""
         names = tuple(meta["contexts"]), tuple(meta["perturbations"])
-        self._set(Effects(state["control"].numpy(), state["effect"].numpy(), *names), tuple(meta["genes"]))
+        self._set(Effects(np.asarray(state["control"]), np.asarray(state["effect"]), *names), tuple(meta["genes"]))
 
 
 class NoChange(MeanBaseline):
@@ -248,22 +273,14 @@ class PcaRidge(MeanBaseline):
             If none of the perturbed genes is among the features.
         """
         super().fit(data, run)
-        column = {gene: i for i, gene in enumerate(self._genes)}
         effects = self._effects
-        usable = [i for i, name in enumerate(effects.perturbations) if all(g in column for g in genes_of(name))]
-        if not usable:
-            raise MethodError(
-                "pca_ridge needs perturbed genes among the features and none is there; set `features.keep_perturbed`"
-            )
-        pseudobulk = effects.control.mean(axis=0) + np.vstack([np.zeros(len(column)), effects.effect])
-        u, s, _ = np.linalg.svd((pseudobulk - pseudobulk.mean(axis=1, keepdims=True)).T, full_matrices=False)
-        k = min(self.params.n_components, len(s))
-        self._embedding = np.ascontiguousarray(u[:, :k] * s[:k])
-        target = np.vstack([np.zeros(len(column)), effects.effect[usable]])
+        usable = find_embeddable(effects, self._genes, "pca_ridge")
+        self._embedding = embed_genes(effects, self.params.n_components)
+        target = np.vstack([np.zeros(len(self._genes)), effects.effect[usable]])
         names = [CONTROL] + [effects.perturbations[i] for i in usable]
         perturbations = np.stack([self._embed(name) for name in names])
         self._offset = target.mean(axis=0)
-        self._weight = self._solve(target - self._offset, perturbations)
+        self._weight = np.ascontiguousarray(self._solve(target - self._offset, perturbations))
 
     def _solve(self, target: np.ndarray, perturbations: np.ndarray) -> np.ndarray:
         penalty = self.params.ridge * np.eye(self._embedding.shape[1])
@@ -287,13 +304,13 @@ class PcaRidge(MeanBaseline):
             raise UnseenPerturbationError(f"pca_ridge has no expression of {', '.join(missing)} to embed it by")
         return np.asarray(self._embedding @ (self._weight @ self._embed(perturbation)) + self._offset)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """Mean profiles and the regression."""
-        own = {"embedding": self._embedding, "weight": self._weight, "offset": self._offset}
-        return super().state() | {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in own.items()}
+        return super().state() | {"embedding": self._embedding, "weight": self._weight, "offset": self._offset}
 
-    def load_state(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Restore mean profiles and the regression."""
         super().load_state(state, meta)
-        self._embedding, self._weight = state["embedding"].numpy(), state["weight"].numpy()
-        self._offset = state["offset"].numpy()
+        self._embedding, self._weight, self._offset = (
+            np.asarray(state[key]) for key in ("embedding", "weight", "offset")
+        )

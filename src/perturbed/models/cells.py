@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from perturbed.errors import MethodError
 from perturbed.models.base import TrainingData
 from perturbed.models.nn.likelihoods import Counts, gather_counts
+from perturbed.models.partners import Partners, background_coordinates, nearest_controls
 from perturbed.names import CONTROL, genes_of
-from perturbed.training import dense_rows
+from perturbed.resident import ResidentCells
 
 
 class Batch(NamedTuple):
@@ -27,6 +29,32 @@ class Batch(NamedTuple):
     """Row of `conditions` of each cell (n_cells,)."""
     counts: Counts | None = None
     """Counts of the cells, for a count likelihood."""
+
+
+def batch_by_blocks(
+    labels: np.ndarray, block: int, rows: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Batches of one epoch, filled with random blocks of cells of one label.
+
+    For losses that compare the cells of a condition with each other; bind the first two arguments to get a
+    `perturbed.training.Batches`.
+
+    Parameters
+    ----------
+    labels
+        Label of every cell of the data, such as its condition (n_cells,).
+    block
+        Cells of a block; the last block of a label holds what remains.
+    rows, batch_size, rng
+        As the training loop hands them over.
+    """
+    shuffled = rng.permutation(rows)
+    by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, start, n = np.unique(labels[by_label], return_index=True, return_counts=True)
+    blocks = [part for i, k in zip(start, n) for part in np.split(by_label[i : i + k], range(block, k, block))]
+    order = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
 
 
 class PairedCells:
@@ -44,6 +72,9 @@ class PairedCells:
         Where batches go.
     counts
         Whether batches hold counts.
+    partners
+        `random`: any training control cell of the context. `matched_pca`, `matched_cycle`: one of the nearest, see
+        `perturbed.models.partners`.
     """
 
     def __init__(
@@ -54,6 +85,7 @@ class PairedCells:
         device: str = "cpu",
         *,
         counts: bool = False,
+        partners: Partners = "random",
     ) -> None:
         self.data, self.device = data, device
         self.counts = data.counts if counts else None
@@ -73,6 +105,8 @@ class PairedCells:
         self._pool = np.concatenate(pools)
         self._pool_size = np.array([len(pool) for pool in pools])
         self._pool_start = np.concatenate([[0], np.cumsum(self._pool_size)[:-1]])
+        self._nearest = None if partners == "random" else self._match(partners, pools)
+        self.resident = ResidentCells(data.X, device)
         if self.counts is not None:
             # a cell without any count on these genes says nothing; a size of 1 keeps its logarithm finite
             self.size = np.maximum(np.asarray(self.counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
@@ -85,15 +119,31 @@ class PairedCells:
         return [np.flatnonzero(control & (self.context == i)) for i in range(int(self.context.max()) + 1)]
 
     def draw_partners(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One random control cell of the same context for each row."""
+        """One control cell of the same context for each row: any, or one of its nearest where partners are matched."""
+        if self._nearest is not None:
+            chosen = rng.integers(self._n_nearest[rows])
+            return self._nearest[rows, chosen]
         context = self.context[rows]
         return self._pool[self._pool_start[context] + rng.integers(self._pool_size[context])]
 
+    def _match(self, partners: Partners, pools: list[np.ndarray]) -> np.ndarray:
+        """Nearest control cells of every cell; rows of contexts with few of them are filled up with repeats."""
+        coordinates = background_coordinates(self.data, partners)
+        found = [nearest_controls(coordinates, np.flatnonzero(self.context == i), pool) for i, pool in enumerate(pools)]
+        width = max(part.shape[1] for part in found)
+        nearest = np.empty((len(self.context), width), dtype=np.int64)
+        self._n_nearest = np.empty(len(self.context), dtype=np.int64)
+        for i, part in enumerate(found):
+            rows = np.flatnonzero(self.context == i)
+            nearest[rows] = part[:, np.arange(width) % part.shape[1]]
+            self._n_nearest[rows] = part.shape[1]
+        return nearest
+
     def batch(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        """The cells `rows` with random control partners."""
+        """The cells `rows` with control partners drawn anew."""
         distinct, condition = np.unique(self.condition[rows], return_inverse=True)
         return Batch(
-            dense_rows(self.data.X, np.concatenate([rows, self.draw_partners(rows, rng)]), self.device),
+            self.resident.take(np.concatenate([rows, self.draw_partners(rows, rng)])),
             torch.from_numpy(self.conditions[distinct]).to(self.device),
             torch.from_numpy(condition.astype(np.int64)).to(self.device),
             None if self.counts is None else gather_counts(self.counts, rows, self.size, self.device),
@@ -101,5 +151,10 @@ class PairedCells:
 
     def normalising_factor(self, rows: np.ndarray) -> np.ndarray:
         """Factor from counts to normalised expression of each cell: target sum over library size (n_rows,)."""
-        normalised = self.data.X[rows].astype(np.float64).expm1().sum(axis=1)
-        return np.asarray(normalised, dtype=np.float64).ravel() / self.size[rows]
+        return normalising_factor(self.data.X[rows], self.size[rows])
+
+
+def normalising_factor(X: sparse.csr_matrix, size: np.ndarray) -> np.ndarray:
+    """Target sum over library size of cells, from log-normalised expression `X` and counts that sum to `size`."""
+    normalised = X.astype(np.float64).expm1().sum(axis=1)
+    return np.asarray(normalised, dtype=np.float64).ravel() / size

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from perturbed.config import Section
 from perturbed.data.contracts import Prediction, read_prediction
@@ -94,18 +92,18 @@ class External(Method):
         result = {"mean": self._mean[row]}
         return result if self._variance is None else result | {"variance": self._variance[row]}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """The file's rows, genes in the split's order."""
-        state = {"mean": torch.from_numpy(self._mean)}
-        return state if self._variance is None else state | {"variance": torch.from_numpy(self._variance)}
+        state = {"mean": self._mean}
+        return state if self._variance is None else state | {"variance": self._variance}
 
     def meta(self) -> dict[str, Any]:
         """Names of genes and rows."""
         return {"genes": self._genes, "rows": [list(name) for name in self._names]}
 
-    def load_state(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Restore the rows."""
         self._genes = tuple(meta["genes"])
         self._names = tuple((str(perturbation), str(context)) for perturbation, context in meta["rows"])
-        self._mean = state["mean"].numpy()
-        self._variance = state["variance"].numpy() if "variance" in state else None
+        self._mean = state["mean"]
+        self._variance = state.get("variance")

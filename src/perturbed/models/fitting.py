@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from perturbed.config import parse
-from perturbed.data.contracts import open_prepared, read_split, write_prediction
+from perturbed.data.contracts import read_split, write_prediction
+from perturbed.data.ondisk import open_tables
 from perturbed.errors import LeakageError, MethodError
 from perturbed.files import atomic
-from perturbed.models.base import FitRun, MethodSpec, build, load_model, save_model
+from perturbed.models.base import FitRun, Method, MethodSpec, build, load_model, save_model
 from perturbed.models.inputs import load_training_data
 from perturbed.names import CONTROL
 
@@ -56,11 +57,13 @@ def fit_model(
     method = build(method_spec)
     header = read_split(split).header
     _check_leakage_file(leakage, header)
-    where = _seed_everything(seed, device, threads)
+    where = _seed_everything(method, seed, device, threads)
     data = load_training_data(prepared, split, features, files)
     method.check(data)
     rows: list[dict[str, float]] = []
-    run = FitRun(seed=seed, device=where, checkpoint=checkpoint, history=lambda row: rows.append(dict(row)))
+    run = FitRun(
+        seed=seed, device=where, checkpoint=checkpoint, history=lambda row: rows.append(dict(row)), threads=threads
+    )
     method.fit(data, run)
     meta = {key: header.get(key) for key in ("dataset", "split", "fold", "sha256")}
     if history is not None:
@@ -75,13 +78,14 @@ def predict_split(
     model: Path, prepared: Path, split: Path, out: Path, *, method: str, seed: int = 0, threads: int = 1
 ) -> None:
     """Predict every test perturbation of a split; of the test cells only the names of their conditions are read."""
-    _seed_everything(seed, "cpu", threads)
+    fitted = load_model(model)
+    _seed_everything(fitted, seed, "cpu", threads)
     frozen = read_split(split)
     test = frozen.table[(frozen.table["part"] == "test") & (frozen.table["perturbation"] != CONTROL)]
-    context = open_prepared(prepared).obs["context"].astype(str)
+    context = open_tables(prepared).obs["context"].astype(str)
     pairs = pd.DataFrame({"perturbation": test["perturbation"], "context": context.reindex(test.index)})
     targets = sorted(set(map(tuple, pairs.to_numpy())))
-    prediction = load_model(model).predict(targets, seed=seed)
+    prediction = fitted.predict(targets, seed=seed)
     for name, reason in sorted(prediction.refused.items()):
         log.info("not predicted: %s (%s)", name, reason)
     header = frozen.header
@@ -101,10 +105,17 @@ def _check_leakage_file(leakage: Path | None, header: Mapping[str, Any]) -> None
         raise LeakageError(f"{leakage}: proves another split than this one; rerun `perturbed check-leakage`")
 
 
-def _seed_everything(seed: int, device: str, threads: int) -> str:
-    """Seed the global generators too, in case a library draws from them; return the device to use."""
+def _seed_everything(method: Method, seed: int, device: str, threads: int) -> str:
+    """Seed the global generators too, in case a library draws from them; return the device to use.
+
+    torch is left alone where nothing has imported it: that would take longer than a baseline takes to fit.
+    """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
+    if not method.uses_torch and "torch" not in sys.modules:
+        return "cpu"
+    import torch
+
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     if device == "auto":

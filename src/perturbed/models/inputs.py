@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from perturbed.data.contracts import Split, open_prepared, read_features, read_split
+from perturbed.data.contracts import Split, read_features, read_split
 from perturbed.data.matrices import read_rows, row_sums
+from perturbed.data.ondisk import open_tables
 from perturbed.errors import DataError, LeakageError
 from perturbed.models.base import TrainingData
 
@@ -46,7 +47,7 @@ def load_training_data(
     frozen, chosen = read_split(split), read_features(features)
     if chosen.header.get("split_sha256") != frozen.header["sha256"]:
         raise LeakageError(f"{features}: made from another split than {split}; rerun `perturbed features`")
-    cells_on_disk = open_prepared(prepared)
+    cells_on_disk = open_tables(prepared)
     obs, var = cells_on_disk.obs, cells_on_disk.var
     _check_cells(obs, frozen, prepared, split)
     columns = var.index.get_indexer(chosen.genes)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from copy import copy
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from scipy import sparse
 from torch import Tensor
 
 from perturbed.config import Section
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun, Method, TrainingData, require_seen
-from perturbed.models.cells import PairedCells
+from perturbed.models.cells import PairedCells, batch_by_blocks, normalising_factor
 from perturbed.models.nn.likelihoods import nb_log1p_moments
 from perturbed.models.nn.schedules import warm_up_linearly
-from perturbed.models.perturbedvae_module import Architecture, Draws, LossTerms, PerturbedVAEModule
-from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
+from perturbed.models.perturbedvae_module import Draws, LossTerms, PerturbedVAEModule
+from perturbed.models.perturbedvae_params import PerturbedVAEParams
+from perturbed.training import Random, Task, dense_rows, fingerprint, seeded_weights, train
+
+__all__ = ["PerturbedVAE", "PerturbedVAEParams"]
 
 CHUNK = 512
 """Cells encoded or decoded at a time."""
@@ -25,37 +30,8 @@ MEAN_SAMPLES = 1000
 """At least so many samples are averaged where the mean is one of samples; every control cell counts the same."""
 NB_CELLS = 200
 """Control cells behind a predicted mean of counts."""
-
-
-class PerturbedVAEParams(Architecture, TrainingOptions):
-    """Hyper-parameters of PerturbedVAE; the paper's where it names them."""
-
-    alpha: float = Field(0.05, ge=0)
-    """Weight of the alignment of z_ι between a perturbed cell and a random control cell (paper: 0.05). 0 for the
-    ablation."""
-    kl_weight_nu: float = Field(1e-2, ge=0)
-    """Weight β_ν of the response's KL (paper: 0.01)."""
-    kl_weight_iota: float = Field(1e-2, ge=0)
-    """Weight β_ι of the background's KL (paper: 0.01)."""
-    edge_penalty: float = Field(1e-3, ge=0)
-    """Weight of the L1 norm of what a perturbation changes in the SCM's edges. Trained on single perturbations, the
-    means cannot tell a changed edge from a changed μ, and the products that only a combination forms (one gene's edges
-    times the other's μ) stay as training left them; the penalty prefers μ. The paper names none, its predecessor
-    penalises its graph (weight 1e-3 there, too). Scale it with the number of genes under `sum`; 0 leaves it out."""
-    warm_up_epochs: int = Field(10, ge=0)
-    """Epochs over which the KL weights and α rise linearly."""
-    start_at_mean: bool = True
-    """Start with the training mean as the decoder's bias and subtracted from the encoder's input; saves the epochs
-    otherwise spent on learning the mean."""
-    n_control: int = Field(2000, ge=1)
-    """Control cells kept per context as starting points of predictions."""
-    predict: Literal["sample", "mean"] = "sample"
-    """Predicted mean as the average of cells decoded from sampled latents, as the paper generates them, or from latent
-    means. The decoder is trained on samples, and between them it is not quite linear."""
-    n_samples: int = Field(200, ge=0)
-    """Cells generated per prediction, also used for the variance; 0 gives means only."""
-    anchor: bool = False
-    """Add to each prediction what the model gets wrong about the control mean. The paper does not."""
+MMD_BLOCK = 32
+"""Cells of one condition that stand together in a batch when the MMD compares them (the discrepancy-VAE's batch)."""
 
 
 class PerturbedVAE(Method):
@@ -72,6 +48,8 @@ class PerturbedVAE(Method):
 
     def __init__(self, params: Section | None = None) -> None:
         super().__init__(params)
+        if self.params.mmd_weight and self.params.likelihood == "nb":
+            raise MethodError("mmd_weight: the MMD compares log-normalised cells; use `likelihood: gaussian`, or 0")
         self.needs_counts = self.params.likelihood == "nb"  # type: ignore[misc]
         self.module: PerturbedVAEModule
         self._genes: tuple[str, ...] = ()
@@ -94,7 +72,8 @@ class PerturbedVAE(Method):
         self._contexts = tuple(sorted(set(data.context)))
         if not self._perturbed:
             raise MethodError("PerturbedVAE needs perturbed training cells; all cells are control")
-        cells = PairedCells(data, self._perturbed, self._contexts, run.device, counts=self.needs_counts)
+        counts, partners = self.needs_counts, self.params.partners
+        cells = PairedCells(data, self._perturbed, self._contexts, run.device, counts=counts, partners=partners)
         with seeded_weights(run.seed):
             self.module = PerturbedVAEModule(len(data.genes), len(self._perturbed), self.params)
         if self.params.start_at_mean:
@@ -106,25 +85,33 @@ class PerturbedVAE(Method):
             np.flatnonzero(~data.is_val),
             np.flatnonzero(data.is_val),
             fingerprint(data, self.params, run.seed),
+            partial(batch_by_blocks, cells.condition, MMD_BLOCK) if self.params.mmd_weight else None,
         )
         train(task, self.params, run)
         self.module.eval()
-        self._control = self._encode_control(cells, Random.seeded(run.seed, 3))
         self.module.to("cpu")
+        counts_of = None if cells.counts is None else (cells.counts, cells.size)
+        pools = cells.control_pools()
+        self._control = self._encode_control(data.X, pools, Random.seeded(run.seed, 3), counts_of)
 
     def _step(self, cells: PairedCells, rows: np.ndarray, random: Random, epoch: int | None) -> LossTerms:
         p = self.params
-        weight = 1.0 if epoch is None else warm_up_linearly(epoch, p.warm_up_epochs)
+        weight = 1.0 if epoch is None else warm_up_linearly(epoch, p.warm_up_epochs, p.warm_up_delay)
         draw = {"generator": random.torch, "device": random.torch.device}
         nu = torch.randn(len(rows), p.n_nu, **draw)  # type: ignore[call-overload]
         iota = torch.randn(len(rows), p.n_iota, **draw)  # type: ignore[call-overload]
+        prior = partner = None
+        if p.mmd_weight:
+            prior, partner = torch.randn(nu.shape, **draw), torch.randn(iota.shape, **draw)  # type: ignore[call-overload]
         return self.module.loss(
             cells.batch(rows, random.numpy),
-            Draws(nu, iota),
+            Draws(nu, iota, prior, partner),
             kl_weight_nu=weight * p.kl_weight_nu,
             kl_weight_iota=weight * p.kl_weight_iota,
             alpha=weight * p.alpha,
             edge_penalty=p.edge_penalty,
+            mmd_weight=p.mmd_weight,
+            mmd_width=p.mmd_width,
         )
 
     def _start_at_mean(self, cells: PairedCells) -> None:
@@ -137,30 +124,120 @@ class PerturbedVAE(Method):
         self.module.start_at(*(torch.from_numpy(v.astype(np.float32)) for v in (centre, output)))
 
     @torch.no_grad()
-    def _encode_control(self, cells: PairedCells, random: Random) -> dict[str, Tensor]:
-        """Background posterior of up to `n_control` control cells per context, and the contexts' control means."""
-        data = cells.data
-        pools = cells.control_pools()
-        means = [np.asarray(data.X[pool].mean(axis=0), dtype=np.float64).ravel() for pool in pools]
-        if cells.counts is not None:  # a cell without counts has no depth to predict at
-            pools = [pool[np.diff(cells.counts[pool].indptr) > 0] for pool in pools]
+    def _encode_control(
+        self,
+        X: sparse.csr_matrix,
+        pools: list[np.ndarray],
+        random: Random,
+        counts: tuple[sparse.csr_matrix, np.ndarray] | None = None,
+    ) -> dict[str, Tensor]:
+        """Background posterior of up to `n_control` of each context's control cells, and the contexts' control means.
+
+        `counts` are the counts and their sum for each cell, where the likelihood is one of counts.
+        """
+        means = [np.asarray(X[pool].mean(axis=0), dtype=np.float64).ravel() for pool in pools]
+        if counts is not None:  # a cell without counts has no depth to predict at
+            pools = [pool[np.diff(counts[0][pool].indptr) > 0] for pool in pools]
         rows = [random.numpy.permutation(pool)[: self.params.n_control] for pool in pools]
         chosen = np.concatenate(rows)
-        device = next(self.module.parameters()).device
-        encoded = [
-            self.module.encode_background(self.module.encoder(dense_rows(data.X, part, str(device))))
-            for part in np.array_split(chosen, max(1, len(chosen) // CHUNK))
-        ]
+        mean, variance = self._background(X[chosen])
         kept = {
-            "mean": torch.cat([mean for mean, _ in encoded]),
-            "sd": torch.cat([variance for _, variance in encoded]).sqrt(),
+            "mean": mean,
+            "sd": variance.sqrt(),
             "context": torch.from_numpy(np.repeat(np.arange(len(rows)), [len(part) for part in rows])),
             "expression": torch.from_numpy(np.stack(means)),
         }
-        if cells.counts is not None:
-            kept["size"] = torch.from_numpy(cells.size[chosen])
-            kept["scale"] = torch.from_numpy(cells.normalising_factor(chosen))
-        return {key: value.cpu() for key, value in kept.items()}
+        if counts is not None:
+            size = counts[1][chosen]
+            kept["size"] = torch.from_numpy(size)
+            kept["scale"] = torch.from_numpy(normalising_factor(X[chosen], size))
+        return kept
+
+    # --- latents ----------------------------------------------------------------------------------------------------
+
+    def _encode(self, X: sparse.csr_matrix) -> Tensor:
+        """`h = f(x)` of cells, a chunk at a time (n_cells, n_hidden)."""
+        parts = np.array_split(np.arange(X.shape[0]), max(1, X.shape[0] // CHUNK))
+        return torch.cat([self.module.encoder(dense_rows(X, part)) for part in parts])
+
+    def _background(self, X: sparse.csr_matrix) -> tuple[Tensor, Tensor]:
+        return self.module.encode_background(self._encode(X))
+
+    @torch.no_grad()
+    def represent(self, X: sparse.csr_matrix) -> np.ndarray:
+        """Output `h` of the shared encoder, which never sees the condition, float32 (n_cells, n_hidden).
+
+        Parameters
+        ----------
+        X
+            Log-normalised expression on `genes`, CSR (n_cells, n_genes).
+        """
+        return self._encode(X).numpy()
+
+    @torch.no_grad()
+    def encode_background(self, X: sparse.csr_matrix) -> np.ndarray:
+        """Posterior mean of z_ι given the cell alone, float32 (n_cells, n_iota); `X` as in `represent`."""
+        return self._background(X)[0].numpy()
+
+    @torch.no_grad()
+    def encode_response(self, X: sparse.csr_matrix, perturbation: np.ndarray) -> np.ndarray:
+        """Posterior mean of z_ν given the cell and its condition, float32 (n_cells, n_nu).
+
+        `(I − Λ_νν(u))⁻¹ (E[ε | x, u] + Λ_νι(u) E[z_ι | x] + μ(u))`, which is the mean since the SCM is linear.
+
+        Parameters
+        ----------
+        X
+            As in `represent`.
+        perturbation
+            Canonical name of each cell's perturbation (n_cells,).
+
+        Raises
+        ------
+        UnseenPerturbationError
+            If a gene was perturbed in no training cell.
+        """
+        names, condition = np.unique(np.asarray(perturbation, dtype=str), return_inverse=True)
+        conditions = torch.cat(
+            [self._condition(require_seen(str(name), self._perturbed, "PerturbedVAE")) for name in names]
+        )
+        mechanisms = self.module.scm(conditions)
+        parts = np.array_split(np.arange(X.shape[0]), max(1, X.shape[0] // CHUNK))
+        found = []
+        for part in parts:
+            which = torch.from_numpy(condition[part])
+            posterior = self.module.inference(dense_rows(X, part), conditions, which)
+            found.append(self.module.scm.respond(mechanisms, which, posterior.iota_mean, posterior.noise_mean))
+        return torch.cat(found).numpy()
+
+    def with_controls(
+        self, X: sparse.csr_matrix, counts: sparse.csr_matrix | None = None, *, seed: int = 0
+    ) -> PerturbedVAE:
+        """The same fitted model with other control cells to start predictions from; they belong to its only context.
+
+        Parameters
+        ----------
+        X
+            Log-normalised expression of the control cells, as in `represent`.
+        counts
+            Their counts on the same genes, for a count likelihood.
+
+        Raises
+        ------
+        MethodError
+            If there are no cells, or counts are needed and not given.
+        """
+        if not X.shape[0]:
+            raise MethodError("control_cells: there are none; give at least one cell")
+        if self.needs_counts and counts is None:
+            raise MethodError("control_cells: this model has a count likelihood and needs their counts, too")
+        of_counts = None
+        if self.needs_counts and counts is not None:
+            of_counts = counts, np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
+        other = copy(self)
+        other._contexts = self._contexts[:1]
+        other._control = self._encode_control(X, [np.arange(X.shape[0])], Random.seeded(seed, 3), of_counts)
+        return other
 
     # --- predicting -------------------------------------------------------------------------------------------------
 
@@ -175,18 +252,37 @@ class PerturbedVAE(Method):
         MethodError
             If the context had no control cells in training.
         """
+        genes = self._require(perturbation, context)
+        result: dict[str, np.ndarray] = {}
+        if self.params.n_samples:
+            random = Random.seeded(seed, 4)
+            n_cells = self.params.n_samples
+            result["cells"], result["variance"] = self._generate(genes, context, random, n_cells)
+        result["mean"] = self.predict_mean(perturbation, context, seed=seed)
+        return result
+
+    @torch.no_grad()
+    def predict_mean(self, perturbation: str, context: str, *, seed: int = 0) -> np.ndarray:
+        """Mean expression under a perturbation, float32 (n_genes,); raises as `predict_one`."""
+        genes = self._require(perturbation, context)
+        mean = self._mean(genes, context, seed)
+        if self.params.anchor:
+            real = self._control["expression"][self._contexts.index(context)].numpy()
+            mean = mean + real - self._mean((), context, seed)
+        return mean.astype(np.float32)
+
+    @torch.no_grad()
+    def sample_cells(self, perturbation: str, context: str, n_cells: int, *, seed: int = 0) -> np.ndarray:
+        """Generated cells under a perturbation, float32 (n_cells, n_genes); raises as `predict_one`."""
+        genes = self._require(perturbation, context)
+        return self._generate(genes, context, Random.seeded(seed, 4), n_cells)[0]
+
+    def _require(self, perturbation: str, context: str) -> tuple[str, ...]:
+        """The genes of a perturbation that can be predicted."""
         genes = require_seen(perturbation, self._perturbed, "PerturbedVAE")
         if context not in self._contexts:
             raise MethodError(f"context {context!r} was not in training; known: {', '.join(self._contexts)}")
-        result: dict[str, np.ndarray] = {}
-        if self.params.n_samples:
-            result["cells"], result["variance"] = self._generate(genes, context, Random.seeded(seed, 4))
-        result["mean"] = self._mean(genes, context, seed)
-        if self.params.anchor:
-            real = self._control["expression"][self._contexts.index(context)].numpy()
-            result["mean"] = result["mean"] + real - self._mean((), context, seed)
-        result["mean"] = result["mean"].astype(np.float32)
-        return result
+        return genes
 
     def _mean(self, genes: tuple[str, ...], context: str, seed: int) -> np.ndarray:
         rows = self._control_of(context)
@@ -200,9 +296,11 @@ class PerturbedVAE(Method):
         total = sum(self._expect(self._decode(genes, part, random), part)[0].sum(0) for part in parts)
         return np.asarray(total / len(rows))
 
-    def _generate(self, genes: tuple[str, ...], context: str, random: Random) -> tuple[np.ndarray, np.ndarray]:
+    def _generate(
+        self, genes: tuple[str, ...], context: str, random: Random, n_cells: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         pool = self._control_of(context)
-        rows = pool[torch.from_numpy(random.numpy.integers(len(pool), size=self.params.n_samples))]
+        rows = pool[torch.from_numpy(random.numpy.integers(len(pool), size=n_cells))]
         decoded = self._decode(genes, rows, random)
         mean, variance = self._expect(decoded, rows)
         total_variance = mean.var(axis=0) + variance.mean(axis=0)
@@ -213,9 +311,7 @@ class PerturbedVAE(Method):
 
     def _decode(self, genes: tuple[str, ...], rows: Tensor, random: Random | None) -> Tensor:
         """Decode control cells `rows` as if perturbed: at latent means, or sampled where `random` is given."""
-        condition = torch.zeros(1, len(self._perturbed))
-        condition[0, [self._perturbed.index(gene) for gene in genes]] = 1
-        mechanisms = self.module.scm(condition)
+        mechanisms = self.module.scm(self._condition(genes))
         z_iota = self._control["mean"][rows]
         noise = torch.zeros(len(rows), self.params.n_nu)
         if random is not None:
@@ -223,6 +319,11 @@ class PerturbedVAE(Method):
             noise = torch.exp(0.5 * mechanisms.log_variance) * torch.randn(noise.shape, generator=random.torch)
         which = torch.zeros(len(rows), dtype=torch.long)
         return self.module.generative(mechanisms, which, z_iota, noise).decoded
+
+    def _condition(self, genes: tuple[str, ...]) -> Tensor:
+        condition = torch.zeros(1, len(self._perturbed))
+        condition[0, [self._perturbed.index(gene) for gene in genes]] = 1
+        return condition
 
     def _expect(self, decoded: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance of the observation, on the scale of log-normalised expression, given decoded latents."""
@@ -254,6 +355,16 @@ class PerturbedVAE(Method):
     def genes(self) -> tuple[str, ...]:
         """Gene names of the predictions."""
         return self._genes
+
+    @property
+    def perturbed(self) -> tuple[str, ...]:
+        """Genes that were perturbed in training, in the order of the condition vector."""
+        return self._perturbed
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Contexts of training."""
+        return self._contexts
 
     def state(self) -> dict[str, Tensor]:
         """Weights, and the posterior of the control cells."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from perturbed.errors import MethodError, suggest
 
@@ -22,7 +22,19 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 """Activations by name; `leaky_relu` has the slope 0.2 that the discrepancy-VAE uses."""
 
 
-def build_mlp(widths: Sequence[int], activation: Activation = "leaky_relu", *, last: bool = False) -> nn.Sequential:
+class MLP(nn.Sequential):
+    """Layers whose result has the dtype of what entered, also under autocast.
+
+    Inside, autocast may multiply in bfloat16; softplus, logarithms, KL terms and triangular solves behind it stay in
+    the precision of the data.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Apply the layers in turn."""
+        return super().forward(x).to(x.dtype)
+
+
+def build_mlp(widths: Sequence[int], activation: Activation = "leaky_relu", *, last: bool = False) -> MLP:
     """Build linear layers of the given widths with activations between them.
 
     Parameters
@@ -46,4 +58,4 @@ def build_mlp(widths: Sequence[int], activation: Activation = "leaky_relu", *, l
         layers.append(nn.Linear(n_in, n_out))
         if last or i < len(widths) - 2:
             layers.append(ACTIVATIONS[activation]())
-    return nn.Sequential(*layers)
+    return MLP(*layers)

@@ -6,6 +6,7 @@ order of the latents is the causal order, the same under every condition `u`.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -102,6 +103,42 @@ def kl_diagonal(mean: Tensor, variance: Tensor, prior_log_variance: Tensor | Non
     return 0.5 * (ratio - 1 - torch.log(variance) + prior_log_variance).sum(-1)
 
 
+class AutoregressiveNoise(NamedTuple):
+    """A Gaussian over the SCM's noise ε, each latent given the cell, the condition and the latents before it.
+
+    `ε_i = m_i + Σ_{j<i} C_ij (ε_j − m_j) + s_i e_i`, `e ~ N(0, I)`. Its covariance is
+    `(I − C)⁻¹ diag(s²) (I − C)⁻ᵀ` with determinant `Π s_i²`, for `I − C` is unit triangular.
+    """
+
+    mean: Tensor
+    """`m` (n_cells, n_nu)."""
+    variance: Tensor
+    """`s²`, of each latent given those before it (n_cells, n_nu)."""
+    regression: Tensor
+    """`C`, strictly lower-triangular (n_cells, n_nu, n_nu)."""
+
+    def sample(self, draws: Tensor) -> Tensor:
+        """Reparameterised samples from standard normal `draws` (n_cells, n_nu)."""
+        return self.mean + solve_structural(self.regression, (self.variance.sqrt() * draws).unsqueeze(2)).squeeze(2)
+
+    def log_density(self, noise: Tensor) -> Tensor:
+        """`Σ_i log N(ε_i; m_i + Σ_j C_ij (ε_j − m_j), s_i²)` of `noise` (n_cells, n_nu), giving (n_cells,)."""
+        centred = noise - self.mean
+        residual = centred - torch.bmm(self.regression, centred.unsqueeze(2)).squeeze(2)
+        return -0.5 * (residual.square() / self.variance + torch.log(2 * math.pi * self.variance)).sum(-1)
+
+    def kl(self, prior_log_variance: Tensor) -> Tensor:
+        """`KL(q(ε) ‖ N(0, diag β))` in closed form (n_cells,), in nats.
+
+        `½ Σ_i (Σ_ii + m_i²) / β_i − 1 − log(s_i² / β_i)`, where the marginal variances `Σ_ii` are the squared row
+        norms of `(I − C)⁻¹ diag(s)`.
+        """
+        scale = solve_structural(self.regression, torch.diag_embed(self.variance.sqrt()))
+        second_moment = scale.square().sum(2) + self.mean.square()
+        ratio = second_moment * torch.exp(-prior_log_variance)
+        return 0.5 * (ratio - 1 - torch.log(self.variance) + prior_log_variance).sum(-1)
+
+
 class ResponseSCM(nn.Module):
     """Mechanisms of the response latents as a function of the multi-hot condition.
 
@@ -160,7 +197,7 @@ class ResponseSCM(nn.Module):
 
     def _shift(self, conditions: Tensor) -> Tensor:
         if self.linear is not None:
-            return self.linear(conditions)
+            return self.linear(conditions).to(conditions.dtype)  # autocast may have multiplied in less
         assert self.mlp is not None
         return self.mlp(conditions) - self.mlp(torch.zeros_like(conditions[:1]))
 
@@ -178,6 +215,7 @@ class ResponseSCM(nn.Module):
         noise
             `ε` (n_cells, n_nu); zero gives the prior mean of `z_ν` given `z_ι`.
         """
-        inputs = torch.bmm(mechanisms.inputs[condition], z_iota.unsqueeze(2)).squeeze(2)
+        # autocast would multiply in bfloat16, and triangular solves exist in full precision only
+        inputs = torch.bmm(mechanisms.inputs[condition], z_iota.unsqueeze(2)).squeeze(2).to(noise.dtype)
         right = noise + inputs + mechanisms.shift[condition]
         return solve_structural(mechanisms.edges[condition], right.unsqueeze(2)).squeeze(2)

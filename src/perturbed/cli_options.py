@@ -1,0 +1,35 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from perturbed.errors import ConfigError
+
+Out = Annotated[Path, typer.Option("--out", help="File or folder to write, whole or not at all.")]
+Prepared = Annotated[Path, typer.Option(help="prepared.h5ad")]
+SplitFile = Annotated[Path, typer.Option("--split", help="split.csv")]
+FeatureFile = Annotated[Path, typer.Option("--features", help="features.csv")]
+CardOption = Annotated[str, typer.Option("--card", help="Dataset card: YAML or JSON text, or a file.")]
+Dataset = Annotated[str, typer.Option(help="Name of the dataset.")]
+Spec = Annotated[str, typer.Option("--spec", help="The stage's section of the config: YAML or JSON text, or a file.")]
+Titles = Annotated[str, typer.Option("--titles", help="Method titles as a mapping.")]
+
+
+def read_option(text: str, name: str) -> dict[str, Any]:
+    """A mapping given as YAML or JSON text, or as the path of a YAML file."""
+    from perturbed.config import read_yaml
+
+    if "\n" not in text and not text.lstrip().startswith("{") and text.strip():
+        return read_yaml(text)
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML or JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: must hold a mapping of keys to values")
+    return value

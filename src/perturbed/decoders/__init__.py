@@ -1,0 +1,1 @@
+"""Trained decoders behind one protocol: `decode(z, context) -> expression, heads`."""

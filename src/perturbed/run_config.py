@@ -1,0 +1,77 @@
+"""The configuration of a whole run: which cells, methods, splits, seeds and studies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from perturbed.config import (
+    EvaluationSpec,
+    FeatureSpec,
+    Names,
+    Section,
+    SplitSpec,
+    StatisticsSpec,
+    UnseenCombo,
+    as_tuple,
+    parse,
+)
+from perturbed.study_config import Study
+
+
+class Variant(Section):
+    """A method of the run under another name: a file of `config/methods` with some hyper-parameters changed."""
+
+    method: str
+    """The method's file."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Hyper-parameters that differ from the file, and from `method_params` of that method."""
+    title: str | None = None
+    """Name in tables and figures; else the variant's name."""
+
+
+class RunConfig(Section):
+    """A whole run. `dataset`, `methods`, `splits` and `seeds` span the grid."""
+
+    dataset: Names = ("simulation", "simulation_epistasis")
+    """One or more cards of `config/datasets` by name. Swap it in one word: `snakemake --config dataset=NAME`."""
+    methods: Names = ("no_change", "mean_effect", "additive", "matching_mean", "pca_ridge", "perturbedvae")
+    """Files of `config/methods` by name."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0, 1, 2)
+    """Training seeds; methods without randomness run once."""
+    splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}
+    """The splits by name."""
+    features: FeatureSpec = FeatureSpec()
+    method_params: dict[str, dict[str, Any]] = {}
+    """Hyper-parameters of this run that differ from the method's file, by method."""
+    variants: dict[str, Variant] = {}
+    """Methods under other names with other hyper-parameters, for ablations and sweeps; name them in `methods`."""
+    method_seeds: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """How many of the seeds a method runs with, by method, where not all: for methods that are slow."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    statistics: StatisticsSpec = StatisticsSpec()
+    studies: dict[str, Study] = {}
+    """Studies by name: each makes a table and a figure of its own, and adds the fits that it needs to the run's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the torch models train; `auto` takes a GPU where there is one."""
+    threads: int = Field(1, ge=1)
+    """Threads of one training job."""
+    results: str = "results"
+    """Folder of everything that is computed. Give each config its own."""
+    data: str = "data"
+    """Folder of downloads; share it between configs."""
+    mirror: str | None = None
+    """A folder with files downloaded before, looked up by name and hash; for clusters without internet."""
+    allow_unpinned: bool = False
+    """Accept downloads whose hash nobody has pinned yet; their hash is printed for pinning."""
+    cards: Names = ("config/datasets",)
+    """Folders searched for dataset cards, in order; add your own."""
+    method_files: Names = ("config/methods",)
+    """Folders searched for method files, in order; add your own."""
+
+
+def load_config(value: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """The run's configuration from a mapping, such as Snakemake's `config`."""
+    return parse(RunConfig, dict(value), where)
