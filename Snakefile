@@ -13,8 +13,11 @@ if not workflow.config_settings.configfiles:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/splits.smk"
+include: "workflow/rules/environments.smk"
 include: "workflow/rules/methods.smk"
 include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/studies.smk"
+include: "workflow/rules/study_figures.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -55,3 +58,7 @@ rule figures:
         plan.figure_files(),
     message:
         "Every figure of this configuration"
+
+
+onsuccess:
+    print_longest(plan.config.results)

@@ -358,11 +358,13 @@ def config(
 def longest(
     results: Annotated[Path, typer.Option(help="Folder of a run.")],
     n: Annotated[int, typer.Option(help="How many jobs.", min=1)] = 10,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the table goes (csv); else it is printed only.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the table goes (csv); else it is printed only.")
+    ] = None,
 ) -> None:
     """The longest jobs of a run, from the benchmark files that every rule leaves."""
-    from perturbed.jobs import find_longest, spell_longest
     from perturbed.files import atomic
+    from perturbed.jobs import find_longest, spell_longest
 
     table = find_longest(results, n)
     typer.echo(spell_longest(table))

@@ -12,7 +12,9 @@ from perturbed.errors import ConfigError
 
 study_app = typer.Typer(help="Studies: tables and figures beyond the benchmark.", no_args_is_help=True)
 
-NamedModels = Annotated[list[str], typer.Option("--model", help="A model/ of `perturbed fit`, as METHOD@SEED=PATH; repeat.")]
+NamedModels = Annotated[
+    list[str], typer.Option("--model", help="A model/ of `perturbed fit`, as METHOD@SEED=PATH; repeat.")
+]
 Table = Annotated[Path, typer.Option("--table", help="The study's table, or its folder of tables.")]
 
 
@@ -94,7 +96,9 @@ def programs(
 
     study = _study(spec)
     inputs = {"prepared": prepared, "features": features, "gene_sets": gene_sets, "truth": truth}
-    with recorded("study programs", out, inputs, {"study": study.model_dump(mode="json"), "models": list(map(str, model))}):
+    with recorded(
+        "study programs", out, inputs, {"study": study.model_dump(mode="json"), "models": list(map(str, model))}
+    ):
         write_programs(model, prepared, features, gene_sets, truth, study.options, out)
 
 

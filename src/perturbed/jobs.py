@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pandas as pd
 
 from perturbed.errors import DataError
+from perturbed.files import atomic
 
 
 def find_longest(results: Path, n: int = 10) -> pd.DataFrame:
@@ -38,3 +40,14 @@ def spell_longest(table: pd.DataFrame) -> str:
     """The table as lines for a log."""
     lines = [f"{row.seconds:8.0f} s  {row.job}" for row in table.itertuples()]
     return "\n".join([f"The {len(table)} longest jobs:", *lines])
+
+
+def print_longest(results: str | Path, n: int = 10) -> None:
+    """Print the longest jobs on stderr and keep them as `longest_jobs.csv`; where no job ran, do nothing."""
+    folder = Path(results)
+    if not any(folder.rglob("benchmarks/**/*.tsv")):
+        return
+    table = find_longest(folder, n)
+    print(spell_longest(table), file=sys.stderr)
+    with atomic(folder / "longest_jobs.csv") as part:
+        table.to_csv(part, index=False, lineterminator="\n")

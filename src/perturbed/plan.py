@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.models.spec import MethodSpec, load_method_spec
 from perturbed.run_config import RunConfig, load_config
 from perturbed.study_plan import StudyPlan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUN_FIGURES = ("overview", "calibration")
 """Figures of the whole run."""
@@ -176,6 +179,27 @@ class Plan:
         offered = self.cards[dataset].provides
         return [need for need in self.methods[method].requires if need not in offered]
 
+    def left_out(self) -> list[str]:
+        """One line for each method that does not run on a dataset where the run or a study names it, with the reason."""
+        lines = []
+        for method in self.methods:
+            for dataset in self.config.dataset:
+                missing = self.lacks(method, dataset)
+                if missing:
+                    lines.append(f"{method} is left out on {dataset}, which has no {', no '.join(missing)}")
+        return lines
+
+    def tabulate_capabilities(self) -> pd.DataFrame:
+        """Which method runs on which dataset, and what is missing where it does not."""
+        from perturbed.models.capabilities import tabulate
+
+        return tabulate(self.methods, self.cards)
+
+    @property
+    def environments(self) -> list[str]:
+        """Environments of their own that methods of the run need."""
+        return sorted({spec.environment for spec in self.methods.values()} - {""})
+
     # --- paths ----------------------------------------------------------------------------------------------------
 
     def data(self, file: str) -> str:
@@ -252,6 +276,11 @@ class Plan:
     def resolved(self) -> str:
         """The whole configuration with every default filled in."""
         return as_json(self.config.model_dump(mode="json"))
+
+    def capability_slice(self) -> str:
+        """The part of the configuration that says which method can run on which data."""
+        keys = {"dataset", "variants", "statistics", "cards", "method_files"}
+        return as_json({**self.config.model_dump(mode="json", include=keys), "methods": list(self.methods)})
 
     def resource(self, name: str) -> Any:
         """A function of wildcards that gives a resource of the method."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from perturbed.run_config import RunConfig
 from perturbed.data.cards import Card
 from perturbed.files import write_text
 from perturbed.models.spec import MethodSpec
+from perturbed.run_config import RunConfig
 
 _PAGES: dict[str, type[BaseModel]] = {
     "The run (`config/*.yaml`)": RunConfig,

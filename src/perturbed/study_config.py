@@ -162,3 +162,5 @@ Study = Annotated[
 
 SCORED = ("comparison", "conditions", "sweep", "denoising")
 """Kinds whose table comes from scores."""
+STUDY_KINDS = (*SCORED, "probe", "programs", "identifiability", "latent_map")
+"""Every kind of study."""

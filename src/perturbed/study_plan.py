@@ -98,12 +98,16 @@ class StudyPlan:
                 if study.probe not in probes:
                     raise ConfigError(f"{where}.probe: no probe study {study.probe!r}; {suggest(study.probe, probes)}")
             if not isinstance(study, Identifiability) and not self.jobs(name):
-                raise ConfigError(f"{where}: no dataset, split and method of it go together; see `requires` and `datasets`")
+                raise ConfigError(
+                    f"{where}: no dataset, split and method of it go together; see `requires` and `datasets`"
+                )
         answered: dict[str, str] = {}
         for name, study in self.studies.items():
             for item in study.answers:
                 if answered.setdefault(item, name) != name:
-                    raise ConfigError(f"config: studies.{name}.answers: {item!r} is answered by {answered[item]!r} already")
+                    raise ConfigError(
+                        f"config: studies.{name}.answers: {item!r} is answered by {answered[item]!r} already"
+                    )
 
     def _check_names(self, key: str, names: Iterable[str], kind: str) -> None:
         from perturbed.evaluation.registry import METRICS
@@ -144,7 +148,9 @@ class StudyPlan:
         floors = [method for method in FLOORS if method in self.plan.methods]
         for dataset, split in dict.fromkeys((job.dataset, job.split) for job in self.jobs(name)):
             wanted = self.plan.config.splits[split].methods
-            yield from self.plan.cell(dataset, split, [method for method in floors if wanted is None or method in wanted])
+            yield from self.plan.cell(
+                dataset, split, [method for method in floors if wanted is None or method in wanted]
+            )
 
     # --- paths ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +210,9 @@ class StudyPlan:
         first = jobs[0]
         files: dict[str, Any] = {"prepared": self.plan.data("prepared.h5ad"), "split": self.plan.fold("split.csv")}
         files["features"] = self.plan.fold("features.csv")
-        found = {key: pattern.format(dataset=first.dataset, split=first.split, fold=0) for key, pattern in files.items()}
+        found = {
+            key: pattern.format(dataset=first.dataset, split=first.split, fold=0) for key, pattern in files.items()
+        }
         return {**found, "models": [self.plan.fit("model").format(**vars(job)) for job in jobs]}
 
     def truth_input(self, wildcards: Any) -> dict[str, Any]:
@@ -275,8 +283,11 @@ class StudyPlan:
 
     def labels(self, wildcards: Any) -> dict[str, str]:
         """What the report's list says of a figure: its title and the items of the paper it answers."""
-        study = self.studies[wildcards.study]
-        return {"study": study.title, "answers": ", ".join(map(spell_item, study.answers)) or "none"}
+        return {"study": self.studies[wildcards.study].title, "answers": self.spell_answers(wildcards)}
+
+    def spell_answers(self, wildcards: Any) -> str:
+        """Items of the paper that the study answers, for readers."""
+        return ", ".join(map(spell_item, self.studies[wildcards.study].answers)) or "none of the paper's"
 
     @property
     def answers(self) -> dict[str, list[str]]:

@@ -177,7 +177,7 @@ def test_files_that_lack_perturbed_genes_or_are_not_named_are_refused(tmp_path):
 
 
 def test_an_embedding_that_is_expression_gives_the_additive_model(tmp_path):
-    data, *_, base = linear_world(noise=0.1)
+    data, *_ = linear_world(noise=0.1)
     order = np.random.default_rng(0).permutation(len(data.cells))
     vectors = data.X.toarray()[order]
     path = write_h5ad(

@@ -1,8 +1,16 @@
 # Load and validate the configuration, name the targets, constrain the wildcards. The logic is in perturbed.plan.
+import sys
 from os import environ
 from os.path import relpath
+from pathlib import Path
 
+from perturbed.jobs import print_longest
 from perturbed.plan import RUN_FIGURES, SPLIT_FIGURES, read_plan
+from perturbed.study_config import SCORED, STUDY_KINDS
+from perturbed.study_plan import where_answered
+
+CONFIGS = Path(relpath(workflow.basedir)) / "config"
+ENVIRONMENTS = Path(relpath(workflow.basedir)) / "envs"
 
 plan = read_plan(config)
 
@@ -11,6 +19,10 @@ environ["PERTURBED_DATA"] = plan.config.data
 environ["PERTURBED_MIRROR"] = plan.config.mirror or ""
 environ["PERTURBED_ALLOW_UNPINNED"] = str(int(plan.config.allow_unpinned))
 
+if workflow.is_main_process:
+    for _line in plan.left_out():
+        print(f"perturbed: {_line}", file=sys.stderr)
+
 
 wildcard_constraints:
     dataset="|".join(plan.cards),
@@ -18,3 +30,5 @@ wildcard_constraints:
     fold=r"\d+",
     method="|".join(plan.methods),
     seed=r"\d+",
+    study="|".join(plan.config.studies) or "(?!)",
+    environment="|".join(plan.environments) or "(?!)",

@@ -69,7 +69,9 @@ rule summarise:
         runtime=60,
     params:
         spec=plan.section("statistics"),
+        config=plan.capability_slice(),
     message:
         "Summarise every score and judge the differences"
     shell:
-        "perturbed summarise {input.scores} --spec {params.spec:q} --out {output.tables} 2>&1 | tee {log}"
+        "perturbed summarise {input.scores} --spec {params.spec:q} --config {params.config:q}"
+        " --out {output.tables} 2>&1 | tee {log}"

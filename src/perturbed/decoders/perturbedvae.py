@@ -35,6 +35,7 @@ class PerturbedVAEDecoder(Decoder):
         self.genes = model.genes
         self.n_nu, self.n_iota = model.params.n_nu, model.params.n_iota
         self.n_latent = self.n_nu + self.n_iota
+        self.n_perturbed = len(model.meta()["perturbed"])
         self.is_gaussian = model.params.likelihood == "gaussian"
 
     def decode(self, z: Tensor, context: Context) -> Decoded:
@@ -61,7 +62,7 @@ class PerturbedVAEDecoder(Decoder):
         X
             Log-normalised expression, CSR (n_cells, n_genes).
         """
-        no_perturbation = torch.zeros(1, self.module.scm.n_perturbed)
+        no_perturbation = torch.zeros(1, self.n_perturbed)
         mean, sd = [], []
         for start in range(0, X.shape[0], CHUNK):
             x = dense_rows(X, np.arange(start, min(X.shape[0], start + CHUNK)))

@@ -31,7 +31,9 @@ def draw_latent_map(table: pd.DataFrame, study: LatentMap, titles: Mapping[str, 
         for axes, column in zip(line, colours):
             _draw_cells(axes, here, column)
             like, chance = (here[f"{kind}_{column}"].iloc[0] for kind in ("like", "chance"))
-            axes.set_title(f"{column.replace('_', ' ')}\nlike neighbours {like:.2f}, by chance {chance:.2f}", loc="left")
+            axes.set_title(
+                f"{column.replace('_', ' ')}\nlike neighbours {like:.2f}, by chance {chance:.2f}", loc="left"
+            )
         line[0].set_ylabel(title_of(method, titles))
     return figure
 

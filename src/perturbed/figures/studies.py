@@ -81,7 +81,9 @@ def _draw_comparison_panel(axes: Axes, table: pd.DataFrame, rows: Sequence[str],
         if np.isfinite([low, high]).all():
             axes.axvspan(low, high, color=PALE, alpha=0.8, lw=0, zorder=0)
     for y, name in enumerate(rows):
-        row: dict[Any, Any] = table.loc[name].to_dict() if name in table.index else {"mean": np.nan, "published": np.nan}
+        row: dict[Any, Any] = (
+            table.loc[name].to_dict() if name in table.index else {"mean": np.nan, "published": np.nan}
+        )
         if np.isfinite(row["published"]):
             axes.plot(row["published"], y, "D", ms=5, mfc="none", mec="black", mew=0.9, zorder=3)
         if not np.isfinite(row["mean"]):
@@ -193,7 +195,11 @@ def draw_sweep(table: pd.DataFrame, study: Sweep, titles: Mapping[str, str]) -> 
 def _title_of_panel(quantity: str, metric: str) -> str:
     if quantity == "score":
         return label_metric(metric)
-    return f"{metric.replace('_', ' ')}, last epoch" if quantity == "history" else "z_ι: balanced accuracy of a probe for the condition"
+    return (
+        f"{metric.replace('_', ' ')}, last epoch"
+        if quantity == "history"
+        else "z_ι: balanced accuracy of a probe for the condition"
+    )
 
 
 def _draw_levels(axes: Axes, here: pd.DataFrame, number: int, n_pages: int, titles: Mapping[str, str]) -> None:

@@ -176,7 +176,7 @@ def _by_products(
         share = torch.softmax(activation, dim=1)
         # subtracting the share-weighted mean row inside the product saves a pass over the large array
         mean = torch.einsum("nh,hnk->nk", share @ weight, inner)
-        weight = torch.cat([weight, -torch.ones(len(weight), 1, device=z.device)], dim=1)
+        weight = torch.cat([weight, -torch.ones_like(weight[:, :1])], dim=1)
         inner = torch.cat([inner, mean[None]])
         slope = last.scale * share
     else:

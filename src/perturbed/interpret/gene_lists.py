@@ -1,4 +1,4 @@
-"""Lists of genes against gene sets: the hypergeometric test, and a null of random lists of equal size and expression."""
+"""Lists of genes against gene sets: the hypergeometric test, and as a null random lists of equal expression."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def enrich_lists(
     """
     place = pd.Index(genes)
     names = list(sets)
-    membership = _membership([place.get_indexer(list(sets[name])) for name in names], len(genes))
+    membership = _membership([place.get_indexer(pd.Index(sets[name])) for name in names], len(genes))
     sizes = np.asarray(membership.sum(axis=0)).ravel().astype(int)
     bins = _bins(expression, spec.n_bins)
     rows, nulls = [], {}
     for program, members in lists.items():
-        chosen = place.get_indexer(list(members))
+        chosen = place.get_indexer(pd.Index(members))
         p_values, overlap = _p_values(membership, sizes, chosen[None, :], len(genes))
         key = (len(chosen), tuple(np.bincount(bins[chosen], minlength=bins.max() + 1)))
         if key not in nulls:
@@ -128,7 +128,7 @@ def _p_values(
     flat = (np.ones(lists.size), (np.repeat(np.arange(n_lists), n_list), lists.ravel()))
     overlap = (sparse.csr_matrix(flat, shape=(n_lists, n_genes)) @ membership).toarray().astype(int)
     distinct, which = np.unique(sizes, return_inverse=True)
-    tail = stats.hypergeom.sf(np.arange(n_list + 1)[None, :] - 1, n_genes, distinct[:, None], n_list)
+    tail = np.asarray(stats.hypergeom.sf(np.arange(n_list + 1)[None, :] - 1, n_genes, distinct[:, None], n_list))
     return tail[which[None, :], overlap], overlap
 
 

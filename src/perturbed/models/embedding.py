@@ -74,9 +74,9 @@ def _read_h5ad(path: Path, key: str | None) -> tuple[pd.Index, np.ndarray]:
         if key is None and len(there) > 1:
             raise DataError(f"{path}: obsm holds several embeddings; set `key` to one of: {', '.join(there)}")
         chosen = key or (there[0] if there else None)
-        values = read_elem(file["X"] if chosen is None else file["obsm"][chosen])
+        values: Any = read_elem(file["X"] if chosen is None else file["obsm"][chosen])
         names = read_elem(file["obs"]).index.astype(str)
-    dense = sparse.csr_matrix(values).toarray() if sparse.issparse(values) else values
+    dense = values.toarray() if sparse.issparse(values) else values  # type: ignore[attr-defined]
     return names, np.asarray(dense, dtype=np.float64)
 
 

@@ -271,7 +271,7 @@ def read_gene_graph(path: str | Path, n_neighbours: int) -> pd.DataFrame:
 def graph_tensors(graph: pd.DataFrame, nodes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Edges as positions among `nodes` (2, n_edges), from source to target, and their weights (n_edges,)."""
     place = pd.Index(nodes)
-    edges = np.stack([place.get_indexer(graph[column]) for column in ("source", "target")])
+    edges = np.stack([place.get_indexer(pd.Index(graph[column])) for column in ("source", "target")])
     return torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(graph["importance"].to_numpy(dtype=np.float32))
 
 

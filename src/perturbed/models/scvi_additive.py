@@ -9,6 +9,7 @@ import logging
 import random
 import signal
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,6 @@ import pandas as pd
 from pydantic import Field
 from scipy import sparse
 
-from perturbed.config import Section
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.latent_additive import LatentAdditive, LatentAdditiveParams
@@ -51,7 +51,7 @@ class ScviAdditiveParams(LatentAdditiveParams):
     batch_size: int = Field(128, ge=2)
     """Cells per step."""
     epochs: int = Field(100, ge=1)
-    """Passes over the training cells. scvi-tools' rule of thumb is 400 up to 20,000 cells, fewer in proportion above."""
+    """Passes over the training cells. scvi-tools takes 400 up to 20,000 cells, fewer in proportion above."""
     patience: int | None = Field(45, ge=1)
     """Stop when the validation ELBO has not improved for so many epochs; without validation cells it has no effect."""
 
@@ -61,7 +61,7 @@ class ScviAdditive(LatentAdditive):
 
     `x̂ = mean over control cells i of E[log1p(s_i k)]`, `k ~ NB(l_i ρ(z_i + Σ_g δ_g), θ)`, with ρ the decoder's shares,
     l_i the cell's counts on these genes, s_i its factor from counts to normalised expression, its batch kept. Cells
-    without any count on these genes are left out. A fit cannot be resumed: scvi-tools starts it afresh, to the same end.
+    without any count on these genes are left out. An interrupted fit starts afresh: scvi-tools cannot resume one.
     """
 
     Params = ScviAdditiveParams
@@ -199,7 +199,7 @@ class ScviAdditive(LatentAdditive):
     # --- keeping ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """scVI's weights, shifts and control cells, as tensors."""
+        """Weights of scVI, shifts and control cells, as tensors."""
         import torch
 
         arrays = super().state() | {f"cells.{key}": value for key, value in self._cells.items()}
@@ -225,17 +225,30 @@ class ScviAdditive(LatentAdditive):
 def recover_counts(X: sparse.csr_matrix) -> sparse.csr_matrix:
     """Counts of cells from their values `log1p(s k)` with an unknown factor s per cell.
 
-    The smallest non-zero `expm1` of a cell is taken for one count. Exact wherever a gene of the cell was counted once,
-    which holds for nearly every cell of a droplet screen; else the cell's counts come out too small by a common factor.
+    The smallest non-zero `expm1` of a cell stands for 1, 2, … or 20 counts: the first number that makes all of the
+    cell's values whole. Exact unless all counts of a cell share a divisor; a cell that nothing makes whole (no counts
+    were there) is rounded as if the smallest were 1.
     """
     found = sparse.csr_matrix(X, dtype=np.float64, copy=True)
     found.eliminate_zeros()
-    found.data = np.expm1(found.data)
     length = np.diff(found.indptr)
     filled = np.flatnonzero(length)
-    if len(filled):
-        smallest = np.minimum.reduceat(found.data, found.indptr[filled])
-        found.data = np.rint(found.data / np.repeat(smallest, length[filled]))
+    if not len(filled):
+        return found.astype(np.float32)
+    starts, of_cell = found.indptr[filled], np.repeat(np.arange(len(filled)), length[filled])
+    ratio = np.expm1(found.data)
+    ratio /= np.minimum.reduceat(ratio, starts)[of_cell]
+    smallest = np.ones(len(filled))
+    undecided = np.ones(len(filled), dtype=bool)
+    for count in range(1, 21):
+        value = ratio * count
+        # float32 logarithms leave relative errors of about 1e-6
+        whole = np.abs(value - np.rint(value)) <= np.minimum(1e-5 * value + 1e-3, 0.1)
+        fits = np.logical_and.reduceat(whole, starts) & undecided
+        smallest[fits], undecided = count, undecided & ~fits
+        if not undecided.any():
+            break
+    found.data = np.rint(ratio * smallest[of_cell])
     return found.astype(np.float32)
 
 
@@ -254,7 +267,7 @@ def _choose(data: TrainingData, rows: np.ndarray) -> TrainingData:
 
 
 _TERMS = {
-    "loss": "train_loss_epoch",
+    "loss": "elbo_train",
     "reconstruction": "reconstruction_loss_train",
     "kl": "kl_local_train",
     "val_loss": "elbo_validation",
@@ -294,7 +307,9 @@ def _quiet(*names: str) -> Iterator[None]:
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(lightning|scvi)\.")
+            yield
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

@@ -1,0 +1,24 @@
+# Environments of methods whose packages do not go with ours.
+
+
+rule environment:
+    input:
+        lock=f"{ENVIRONMENTS}/{{environment}}.lock",
+    output:
+        ready=".envs/{environment}/.ready",
+    log:
+        ".envs/logs/{environment}.log",
+    benchmark:
+        ".envs/benchmarks/{environment}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        script=f"{ENVIRONMENTS}/environment.sh",
+    message:
+        "Make the environment {wildcards.environment}"
+    shell:
+        "{params.script} {wildcards.environment} 2>&1 | tee {log}"

@@ -1,0 +1,76 @@
+# Figures of the studies, and a target for each item of a paper that a study answers.
+
+
+# One rule per kind, because a caption's path cannot hold wildcards.
+for _kind in STUDY_KINDS:
+
+    rule:
+        name:
+            f"draw_{_kind}"
+        input:
+            table=plan.studies.file("programs" if _kind == "programs" else "table.csv"),
+        output:
+            svg=report(
+                plan.studies.figure("svg"),
+                caption=f"../report/{_kind}.rst",
+                category="Paper A",
+                subcategory=_kind.replace("_", " "),
+                labels=plan.studies.labels,
+            ),
+            png=plan.studies.figure("png"),
+            source=plan.studies.figure("csv"),
+        log:
+            plan.studies.file("logs/draw.log"),
+        benchmark:
+            plan.studies.file("benchmarks/draw.tsv")
+        wildcard_constraints:
+            study=_study(_kind),
+        conda:
+            "../../envs/core.yaml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            stem=plan.stem,
+            spec=plan.studies.drawing_slice,
+            titles=plan.titles(),
+            answers=plan.studies.spell_answers,
+        message:
+            "Draw study {wildcards.study}"
+        shell:
+            "perturbed study draw --table {input.table} --spec {params.spec:q} --titles {params.titles:q}"
+            " --out {params.stem} 2>&1 | tee {log}"
+
+
+for _item, _names in plan.studies.answers.items():
+
+    rule:
+        name:
+            _item
+        localrule: True
+        input:
+            plan.studies.figures(_names),
+        message:
+            f"{_item} is drawn"
+
+
+# A target of the paper that this configuration does not answer says which one does.
+for _item in plan.studies.unanswered():
+
+    rule:
+        name:
+            _item
+        localrule: True
+        params:
+            reason=where_answered(_item, CONFIGS),
+        shell:
+            "echo perturbed: {params.reason:q} >&2; exit 1"
+
+
+rule studies:
+    localrule: True
+    input:
+        plan.studies.figures(plan.config.studies),
+    message:
+        "Every study of this configuration"
