@@ -304,11 +304,11 @@ def summarise(
 
     parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
     capabilities = Plan(read_option(config, "--config")).tabulate_capabilities() if config else None
-    with recorded("summarise", out, {}, {"spec": parsed.model_dump(mode="json"), "n_files": len(scores)}):
-        with atomic(out) as part:
-            run(scores, parsed, part)
-            if capabilities is not None:
-                capabilities.to_csv(part / "capabilities.csv", index=False, lineterminator="\n")
+    settings = {"spec": parsed.model_dump(mode="json"), "n_files": len(scores)}
+    with recorded("summarise", out, {}, settings), atomic(out) as part:
+        run(scores, parsed, part)
+        if capabilities is not None:
+            capabilities.to_csv(part / "capabilities.csv", index=False, lineterminator="\n")
 
 
 @app.command()
@@ -358,9 +358,7 @@ def config(
 def longest(
     results: Annotated[Path, typer.Option(help="Folder of a run.")],
     n: Annotated[int, typer.Option(help="How many jobs.", min=1)] = 10,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Where the table goes (csv); else it is printed only.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the table goes (csv); else only printed.")] = None,
 ) -> None:
     """The longest jobs of a run, from the benchmark files that every rule leaves."""
     from perturbed.files import atomic

@@ -96,7 +96,7 @@ class Plan:
             if name in files:
                 raise ConfigError(f"config: variants: {name!r} is a method's name already; choose another")
         known = {*config.methods, *files, *config.variants}
-        named = {
+        named: dict[str, Iterable[str]] = {
             "method_params": config.method_params,
             "method_seeds": config.method_seeds,
             "statistics.baselines": config.statistics.baselines,
@@ -180,7 +180,7 @@ class Plan:
         return [need for need in self.methods[method].requires if need not in offered]
 
     def left_out(self) -> list[str]:
-        """One line for each method that does not run on a dataset where the run or a study names it, with the reason."""
+        """One line for each method of the run that cannot run on one of its datasets, with the reason."""
         lines = []
         for method in self.methods:
             for dataset in self.config.dataset:

@@ -41,18 +41,18 @@ class RunConfig(Section):
     """Files of `config/methods` by name."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0, 1, 2)
     """Training seeds; methods without randomness run once."""
-    splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}
+    splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}  # noqa: RUF012 — pydantic copies it
     """The splits by name."""
     features: FeatureSpec = FeatureSpec()
-    method_params: dict[str, dict[str, Any]] = {}
+    method_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Hyper-parameters of this run that differ from the method's file, by method."""
-    variants: dict[str, Variant] = {}
+    variants: dict[str, Variant] = Field(default_factory=dict)
     """Methods under other names with other hyper-parameters, for ablations and sweeps; name them in `methods`."""
-    method_seeds: dict[str, Annotated[int, Field(ge=1)]] = {}
+    method_seeds: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """How many of the seeds a method runs with, by method, where not all: for methods that are slow."""
     evaluation: EvaluationSpec = EvaluationSpec()
     statistics: StatisticsSpec = StatisticsSpec()
-    studies: dict[str, Study] = {}
+    studies: dict[str, Study] = Field(default_factory=dict)
     """Studies by name: each makes a table and a figure of its own, and adds the fits that it needs to the run's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the torch models train; `auto` takes a GPU where there is one."""

@@ -1,16 +1,17 @@
 """The studies: what a config may ask for beyond the benchmark, one model for each kind.
 
-A study reads scores, fitted models or simulations of the run, writes one table and draws one figure. Which fits it needs
-follows from its own keys (`perturbed.study_plan`), so that the target of a study runs these and no others.
+A study reads scores, fitted models or simulations of the run, writes one table and draws one figure. Which fits it
+needs follows from its own keys (`perturbed.study_plan`), so that the target of a study runs these and no others.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from perturbed.config import Names, Section
+from perturbed.interpret.identifiability_spec import IdentifiabilityStudy
 from perturbed.interpret.spec import ProbeSpec, ProgramSpec
 
 PAPER_A = (
@@ -130,7 +131,7 @@ class Identifiability(_Study):
     kind: Literal["identifiability"]
     seeds: tuple[int, ...] | None = None
     """Seeds of data and training; leave out for those of the run."""
-    options: dict[str, Any] = {}
+    options: IdentifiabilityStudy = IdentifiabilityStudy()
 
 
 class LatentMap(_Study):

@@ -113,12 +113,13 @@ class StudyPlan:
         from perturbed.evaluation.registry import METRICS
 
         config = self.plan.config
-        known: Iterable[str] = {
+        lists: dict[str, Iterable[str]] = {
             "method": self.plan.methods,
             "split": config.splits,
             "dataset": config.dataset,
             "metric": METRICS,
-        }[kind]
+        }
+        known = lists[kind]
         for name in names:
             if name not in known:
                 raise ConfigError(f"{key}: no {kind} {name!r}; {suggest(name, known)}")
@@ -242,7 +243,9 @@ class StudyPlan:
         """Settings of an identifiability study, by name."""
         from perturbed.interpret.identifiability_spec import expand
 
-        return expand(self.studies[name].options)
+        study = self.studies[name]
+        assert isinstance(study, Identifiability)
+        return expand(study.options)
 
     def seeds(self, name: str) -> tuple[int, ...]:
         """Seeds of a study: its own, or those of the run."""

@@ -48,9 +48,9 @@ for _item, _names in plan.studies.answers.items():
     rule:
         name:
             _item
-        localrule: True
         input:
             plan.studies.figures(_names),
+        localrule: True
         message:
             f"{_item} is drawn"
 
@@ -61,16 +61,20 @@ for _item in plan.studies.unanswered():
     rule:
         name:
             _item
+        log:
+            plan.result(f"logs/{_item}.log"),
+        conda:
+            "../../envs/core.yaml"
         localrule: True
         params:
             reason=where_answered(_item, CONFIGS),
         shell:
-            "echo perturbed: {params.reason:q} >&2; exit 1"
+            "echo perturbed: {params.reason:q} | tee {log} >&2; exit 1"
 
 
 rule studies:
-    localrule: True
     input:
         plan.studies.figures(plan.config.studies),
+    localrule: True
     message:
         "Every study of this configuration"

@@ -121,6 +121,8 @@ def _add_published(table: pd.DataFrame, names: pd.Series, study: Study, path: Pa
 def read_published(path: Path) -> pd.DataFrame:
     """Read published numbers: `item, method, split, metric, value, sd, source`, lines with # are comments.
 
+    `method` may hold several names with | between them, for numbers that stand for each.
+
     Raises
     ------
     DataError
@@ -133,7 +135,7 @@ def read_published(path: Path) -> pd.DataFrame:
     missing = [column for column in PUBLISHED_COLUMNS if column not in table]
     if missing:
         raise DataError(f"{path}: column {missing[0]!r} is missing; needed are {', '.join(PUBLISHED_COLUMNS)}")
-    return table
+    return table.assign(method=table["method"].str.split("|")).explode("method", ignore_index=True)
 
 
 def score_top_expressed(details: Sequence[Path], n_genes: int, scores: pd.DataFrame) -> pd.DataFrame:
@@ -179,7 +181,7 @@ def tabulate_conditions(
     """
     picked = scores[scores["method"].isin(study.methods)]
     keys = ["dataset", "split", "method", "perturbation"]
-    wide = [
+    wide: list[pd.DataFrame | pd.Series] = [
         picked[picked["metric"] == metric].groupby(keys, sort=True)["value"].mean().rename(axis)
         for axis, metric in (("x", study.x), ("y", study.y))
     ]

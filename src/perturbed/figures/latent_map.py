@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ def draw_latent_map(table: pd.DataFrame, study: LatentMap, titles: Mapping[str, 
 def _draw_cells(axes: Axes, here: pd.DataFrame, column: str) -> None:
     values = here[column].astype(str)
     names = sorted(set(values))
-    style = {"s": 6, "lw": 0, "alpha": 0.8}
+    style: dict[str, Any] = {"s": 6, "lw": 0, "alpha": 0.8}
     if len(names) <= MOST_NAMED:
         for colour, name in zip(OKABE_ITO, names):
             part = here[values == name]

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLES = {"balanced_accuracy": "Balanced accuracy", "accuracy": "Accuracy (top 1)"}
+ROW = ["representation", "n_dimensions", "reduced"]
+"""What makes a row of the figure."""
 REFERENCES = ("pca", "genes")
 """Drawn in grey: they are no models."""
 

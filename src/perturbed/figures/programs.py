@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,7 @@ def draw(folder: Path) -> Figure:
     first = {name: table[table["seed"] == seed] for name, table in tables.items() if "seed" in table}
     n_perturbed = first["hits"]["perturbation"].nunique()
     figure = new_figure(WIDTH, 9.6 + 0.055 * max(0, n_perturbed - 40))
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15], squeeze=False)[0]
     _draw_hits(left.subplots(), first["hits"])
     graph, enrichment, stability = right.subplots(3, 1, height_ratios=[1.35, 1, 0.8])
     _draw_graph(graph, first["graph"], first["names"])
@@ -84,10 +84,10 @@ def _draw_graph(axes: Axes, graph: pd.DataFrame, names: pd.DataFrame) -> None:
     most = float(kept["standardised_weight"].abs().max()) if len(kept) else 1.0
     for row in kept.to_dict("records"):
         weight = float(row["standardised_weight"])
-        look = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 9, "shrinkB": 9}
-        style = {"color": UP if weight > 0 else DOWN, "lw": 0.6 + 2 * abs(weight) / most, "alpha": 0.8}
-        ends = place[row["source"]], place[row["target"]]
-        axes.add_patch(FancyArrowPatch(*ends, connectionstyle="arc3,rad=0.12", **look, **style))
+        look: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 9, "shrinkB": 9}
+        style: dict[str, Any] = {"color": UP if weight > 0 else DOWN, "lw": 0.6 + 2 * abs(weight) / most, "alpha": 0.8}
+        look |= {"posA": place[row["source"]], "posB": place[row["target"]]}
+        axes.add_patch(FancyArrowPatch(connectionstyle="arc3,rad=0.12", **look, **style))
     for node, (x, y) in place.items():
         axes.plot(x, y, "o", ms=15, color="white", mec="black" if node in programs.index else GREY, mew=1, zorder=3)
         axes.text(x, y, node, ha="center", va="center", fontsize=7, zorder=4)

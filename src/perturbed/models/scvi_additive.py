@@ -158,7 +158,7 @@ class ScviAdditive(LatentAdditive):
         import torch
 
         found = []
-        with torch.no_grad():
+        with torch.no_grad(), _seeded(0):  # scvi-tools also draws a sample, which is not used
             for start in range(0, counts.shape[0], CHUNK):
                 block = torch.from_numpy(np.asarray(counts[start : start + CHUNK].toarray(), dtype=np.float32))
                 none = torch.zeros(len(block), 1, dtype=torch.long)

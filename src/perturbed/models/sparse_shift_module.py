@@ -92,7 +92,7 @@ def draw_masks(logit: Tensor, random: Random) -> Tensor:
     """
     u = torch.rand(logit.shape, generator=random.torch, device=logit.device).clamp(1e-6, 1 - 1e-6)
     soft = torch.sigmoid(logit + torch.logit(u).to(logit.dtype))
-    return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
 class SparseShiftModule(nn.Module, ABC):
