@@ -1,10 +1,10 @@
 """Training speed of the torch methods, each beside its roofline, on the same machine in the same minute.
 
-The roofline is a bare net of the method's shapes: it encodes the cells (and as many control cells where the method does),
-decodes the cells, goes backward and takes an Adam step in float32 on a fixed batch already in memory: no sampling, no
-densifying, no causal model, no KL, squared error only. The method runs through its own `fit`, epoch by epoch, all
-included; between its epochs the bare net takes its turn, so that a busy machine slows both alike. The first epoch is
-left out.
+The roofline is a bare net of the method's shapes: it encodes the cells (and as many control cells where the method
+does), decodes the cells, goes backward and takes an Adam step in float32 on a fixed batch already in memory: no
+sampling, no densifying, no causal model, no KL, squared error only. The method runs through its own `fit`, epoch by
+epoch, all included; between its epochs the bare net takes its turn, so that a busy machine slows both alike. The first
+epoch is left out.
 
     python benchmarks/training.py [NAME ...] [--threads 2] [--cells 10000] [--genes 5000] [--seconds 8]
     python benchmarks/training.py --memory     # 100,000 cells x 5,000 genes: peak memory and speed
@@ -15,6 +15,7 @@ To add a method, add a line to `CASES`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -134,10 +135,8 @@ def measure(case: Case, data: TrainingData, seconds: float) -> tuple[float, floa
 
     options = {"batch_size": case.batch, "epochs": 10_000, "patience": None, **case.params}
     method = build(load_method_spec(case.method, [METHODS]), options)
-    try:
+    with contextlib.suppress(_Enough):
         method.fit(data, FitRun(history=after_epoch, progress=False))
-    except _Enough:
-        pass
     return done["bare"] / spent["bare"], done["ours"] / spent["ours"]
 
 

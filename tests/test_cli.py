@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("fetch", "mirror", "simulate", "prepare", "split", "features", "check-leakage", "fit", "predict", "evaluate",
-         "summarise", "figure", "config")  # fmt: skip
+         "summarise", "figure", "config", "longest")  # fmt: skip
+STUDY_VERBS = ("tabulate", "probe", "programs", "identify", "map", "gather", "draw")
 
 
 def perturbed(*arguments, cwd=ROOT, **options):
@@ -27,8 +28,8 @@ def test_every_verb_explains_itself():
 
     from perturbed.cli import app
 
-    for verb in VERBS:
-        shown = CliRunner().invoke(app, [verb, "--help"])
+    for verb in [*((name,) for name in VERBS), *(("study", name) for name in STUDY_VERBS)]:
+        shown = CliRunner().invoke(app, [*verb, "--help"])
         assert shown.exit_code == 0
         assert "Usage" in shown.output
 
@@ -53,6 +54,30 @@ def test_every_verb_explains_itself():
         (["evaluate", "--truth", "a", "--split", "b"], "give either --prediction FILE or --references"),
         (["summarise", "no.parquet", "--out", "x"], "no.parquet: no such file"),
         (["figure", "overwiev", "--out", "x"], "overwiev"),
+        (
+            ["study", "draw", "--table", "no.csv", "--spec", "{kind: wep}", "--out", "x"],
+            "`kind` must be one of comparison",
+        ),
+        (
+            [
+                "study",
+                "map",
+                "--prepared",
+                "a",
+                "--split",
+                "b",
+                "--features",
+                "c",
+                "--model",
+                "d",
+                "--out",
+                "x",
+                "--spec",
+                "{kind: latent_map, dataset: d, split: s, methods: m}",
+            ],
+            "--model: 'd' is not METHOD@SEED=PATH",
+        ),
+        (["longest", "--results", "nowhere"], "nowhere: no benchmark file"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path):

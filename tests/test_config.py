@@ -16,6 +16,12 @@ from perturbed.run_config import RunConfig, load_config
 ROOT = Path(__file__).parents[1]
 
 
+def study(**changes):
+    """A valid study, changed."""
+    comparison = {"kind": "comparison", "title": "t", "splits": ["zero_shot"], "methods": ["additive"]}
+    return {**comparison, "metrics": ["rmse"], **changes}
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -28,6 +34,8 @@ ROOT = Path(__file__).parents[1]
         ({"seeds": "one"}, "seeds.0: Input should be a valid integer"),
         ({"seeds": []}, "seeds"),
         ({"statistics": {"n_boostrap": 10}}, "did you mean 'n_bootstrap'?"),
+        ({"studies": {"a": {"kind": "sweeps"}}}, "studies.a: `kind` must be one of comparison"),
+        ({"studies": {"a": {"kind": "conditions", "titel": "t"}}}, "'studies.a.titel'; did you mean 'title'?"),
         ({"device": "gpu"}, "device: Input should be 'auto', 'cpu' or 'cuda'"),
     ],
 )
@@ -57,6 +65,25 @@ def test_values_cannot_be_changed_after_reading():
         ({"statistics": {"primary_metric": "pearson"}}, "statistics.primary_metric: no metric 'pearson'"),
         ({"evaluation": {"metrics": ["rmsee"]}}, "did you mean 'rmse'?"),
         ({"splits": {"a": {"kind": "unseen_combo", "methods": ["x"]}}}, "splits.a.methods: no method 'x'"),
+        ({"method_seeds": {"aditive": 1}}, "method_seeds: no method 'aditive'; did you mean 'additive'?"),
+        ({"studies": {"a": study(methods=["additve"])}}, "did you mean 'additive'?"),
+        ({"studies": {"a": study(splits=["zero"])}}, "studies.a.splits: no split 'zero'; did you mean 'zero_shot'?"),
+        (
+            {"studies": {"a": study(datasets=["simulate"])}},
+            "studies.a.datasets: no dataset 'simulate'; did you mean 'sim",
+        ),
+        ({"studies": {"a": study(metrics=["rmsee"])}}, "studies.a.metrics: no metric 'rmsee'; did you mean 'rmse'?"),
+        ({"studies": {"a": study(answers=["paper_a_tabel4"])}}, "did you mean 'paper_a_table4'?"),
+        ({"studies": {"a": study(answers=["table4"])}}, "studies.a.answers: 'table4' is no usable target"),
+        (
+            {"studies": {name: study(answers=["paper_a_table2"]) for name in "ab"}},
+            "studies.b.answers: 'paper_a_table2' is answered by 'a' already",
+        ),
+        (
+            {"studies": {"a": study(methods=["gears"])}, "method_files": "config/methods"},
+            "studies.a: no dataset, split",
+        ),
+        ({"studies": {"a/b": study()}}, "studies: 'a/b' is no usable name"),
         ({"splits": {}}, "at least one split"),
         ({"splits": {"a/b": {"kind": "unseen_combo"}}}, "splits: 'a/b' is no usable name"),
     ],
@@ -98,5 +125,5 @@ def test_generated_pages_agree_with_the_code(name):
 def test_default_config_comments_every_top_level_key():
     text = (ROOT / "config/config.yaml").read_text()
     written = set(yaml.safe_load(text))
-    hidden = {"mirror", "allow_unpinned", "cards", "method_files"}
+    hidden = {"method_seeds", "studies", "mirror", "allow_unpinned", "cards", "method_files"}
     assert written | hidden == set(RunConfig.model_fields)

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from perturbed.config import read_yaml
 from perturbed.models.base import method_class
 from perturbed.models.spec import load_method_spec
 from perturbed.plan import Plan
+from perturbed.study_plan import spell_item, where_answered
 
 ROOT = Path(__file__).parents[1]
 HERE = SimpleNamespace(dataset="simulation", split="zero_shot", fold="0", method="perturbedvae", seed="0")
@@ -60,3 +62,100 @@ def test_which_methods_run_on_a_split_changes_no_split():
 def test_a_method_file_says_what_its_class_says(path):
     spec = load_method_spec(path.stem, [path.parent])
     assert spec.stochastic == method_class(spec).stochastic
+
+
+# --- studies ------------------------------------------------------------------------------------------------------
+
+SWEEP = {
+    "kind": "sweep",
+    "title": "t",
+    "answers": ["paper_a_table13"],
+    "splits": ["zero_shot"],
+    "factor": "alpha",
+    "levels": {"unaligned": 0, "perturbedvae": 0.05},
+    "metrics": ["rmse"],
+    "history": ["kl_iota"],
+}
+WITH_STUDY = {
+    "dataset": ["simulation", "norman2019_combo1000"],
+    "methods": ["mean_effect"],
+    "seeds": [0, 1],
+    "splits": {"zero_shot": {"kind": "unseen_combo", "folds": 2}, "other": {"kind": "unseen_combo"}},
+    "variants": {"unaligned": {"method": "perturbedvae", "params": {"alpha": 0}}},
+    "studies": {"alignment": SWEEP},
+}
+
+
+def test_a_study_adds_its_own_fits_and_no_others():
+    jobs = list(Plan(WITH_STUDY).jobs())
+    benchmark = [job for job in jobs if job.method == "mean_effect"]
+    added = [job for job in jobs if job.method != "mean_effect"]
+    assert len(benchmark) == 2 * (2 + 1)
+    assert len(added) == 2 * 2 * 2 * 2  # datasets, folds, levels, seeds
+    assert {job.split for job in added} == {"zero_shot"}
+    assert len(set(jobs)) == len(jobs)
+
+
+def test_the_seeds_of_a_slow_method_and_of_its_variants_are_limited():
+    plan = Plan({**WITH_STUDY, "method_seeds": {"perturbedvae": 1}})
+    assert {job.seed for job in plan.jobs() if job.method in ("perturbedvae", "unaligned")} == {0}
+
+
+def test_a_study_reads_its_own_scores_the_floors_and_the_references():
+    plan = Plan({**WITH_STUDY, "dataset": "simulation"})
+    files = plan.studies.score_files(SimpleNamespace(study="alignment"))
+    methods = {Path(path).parts[-3] for path in files if path.endswith("/scores.parquet")}
+    assert methods == {"unaligned", "perturbedvae", "mean_effect"}
+    assert sum(path.endswith("references.parquet") for path in files) == 2
+    histories = plan.studies.history_files(SimpleNamespace(study="alignment"))
+    assert len(histories) == 2 * 2 * 2 and all("mean_effect" not in path for path in histories)
+
+
+def test_titles_and_answers_do_not_make_a_table_anew_but_the_order_of_levels_does():
+    here = SimpleNamespace(study="alignment")
+
+    def slice_of(**changes):
+        return Plan({**WITH_STUDY, "studies": {"alignment": {**SWEEP, **changes}}}).studies.slice(here)
+
+    assert slice_of() == slice_of(title="other", answers=[])
+    assert slice_of() != slice_of(levels={"perturbedvae": 0.05, "unaligned": 0})
+    assert slice_of() != slice_of(metrics=["l2_delta"])
+
+
+def test_methods_that_cannot_run_are_left_out_by_name_where_they_were_wanted():
+    study = {**SWEEP, "kind": "comparison", "methods": ["additive", "svae_plus"], "datasets": ["norman2019_combo1000"]}
+    for key in ("levels", "factor", "history"):
+        del study[key]
+    plan = Plan({**WITH_STUDY, "studies": {"counts": study}})
+    assert plan.left_out() == ["svae_plus is left out on norman2019_combo1000, which has no counts"]
+    assert {job.method for job in plan.studies.jobs("counts")} == {"additive"}
+
+
+def test_every_item_of_the_paper_is_answered_by_a_shipped_config():
+    full = Plan(read_yaml("config/paper.yaml"))
+    assert full.studies.unanswered() == []
+    assert Plan(read_yaml("config/paper_small.yaml")).studies.unanswered() == ["paper_a_table10"]
+    assert "config/paper.yaml" in where_answered("paper_a_table10", Path("config"))
+    assert "paper_small.yaml" not in where_answered("paper_a_table10", Path("config"))
+
+
+def test_the_small_config_keeps_to_its_budget():
+    plan = Plan(read_yaml("config/paper_small.yaml"))
+    trained = [job for job in plan.jobs() if plan.methods[job.method].stochastic]
+    assert len(trained) <= 170
+    assert len([job for job in trained if job.method == "gears"]) == 1
+    assert plan.methods["gears"].params["epochs"] <= 10
+    name = plan.studies.of_kind("identifiability")[0]
+    fits = [
+        len(setting.arms) * setting.estimator.restarts + setting.plain_vae
+        for setting in plan.studies.settings(name).values()
+    ]
+    assert sum(fits) * len(plan.studies.seeds(name)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [("paper_a_table4", "Table 4"), ("paper_a_fig10", "Figure 10"), ("paper_a_appendix_i", "Appendix I")],
+)
+def test_items_as_readers_write_them(item, text):
+    assert spell_item(item) == text

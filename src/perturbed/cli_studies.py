@@ -105,13 +105,14 @@ def programs(
 @study_app.command()
 def identify(
     setting: Annotated[str, typer.Option(help="One setting of an identifiability study: JSON.")],
-    name: Annotated[str, typer.Option(help="Its name, a column of the table.")],
     out: Out,
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
 ) -> None:
     """Simulate one setting, fit, and measure how well the planted latents are recovered."""
+    import torch
+
     from perturbed.config import parse
     from perturbed.interpret.identifiability import run_setting
     from perturbed.interpret.identifiability_spec import IdentifiabilitySetting
@@ -119,12 +120,8 @@ def identify(
 
     parsed = parse(IdentifiabilitySetting, read_option(setting, "--setting"), "--setting")
     with recorded("study identify", out, {}, {"setting": parsed.model_dump(mode="json"), "seed": seed}):
-        table = run_setting(parsed, seed, device, threads)
-        missing = {"setting": name, "seed": seed}
-        for column, value in missing.items():
-            if column not in table:
-                table.insert(0, column, value)
-        _write(table, out)
+        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        _write(run_setting(parsed, seed, where, threads), out)
 
 
 @study_app.command("map")

@@ -18,7 +18,7 @@ from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.models.spec import MethodSpec, load_method_spec
 from perturbed.run_config import RunConfig, load_config
-from perturbed.study_plan import StudyPlan
+from perturbed.study_plan import StudyPlan, methods_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +29,9 @@ SPLIT_FIGURES = ("contrasts", "strata", "scatter", "hardest_easiest", "embedding
 """Figures drawn for each dataset and split."""
 
 
-def as_json(value: Any) -> str:
-    """Compact JSON with sorted keys: equal slices are equal strings."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def as_json(value: Any, *, sort: bool = True) -> str:
+    """Compact JSON: equal slices are equal strings. Keys are sorted but where their order means something."""
+    return json.dumps(value, sort_keys=sort, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -144,25 +144,35 @@ class Plan:
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
         """The grid of the benchmark, and what the studies need besides."""
+        of_studies = [job for study in self.config.studies for job in self.studies.jobs(study)]
+        return tuple(dict.fromkeys([*self._benchmark, *of_studies]))
+
+    @cached_property
+    def _benchmark(self) -> tuple[Job, ...]:
         config = self.config
-        jobs = {
-            job: None
+        return tuple(
+            job
             for name in config.dataset
-            for key, spec in config.splits.items()
-            for job in self.cell(name, key, [m for m in config.methods if spec.methods is None or m in spec.methods])
-        }
-        return tuple({**jobs, **{job: None for study in config.studies for job in self.studies.jobs(study)}})
+            for key in config.splits
+            for job in self.cell(name, key, self._methods_of(key))
+        )
+
+    def _methods_of(self, split: str) -> list[str]:
+        only = self.config.splits[split].methods
+        return [method for method in self.config.methods if only is None or method in only]
 
     def cell(self, dataset: str, split: str, methods: Iterable[str]) -> Iterator[Job]:
-        """Fits of these methods on one dataset and split: none where the split leaves the dataset out."""
-        spec = self.config.splits[split]
-        if spec.datasets is not None and dataset not in spec.datasets:
-            return
-        for fold in range(spec.n_folds):
+        """Fits of these methods on one dataset and split, without those that cannot run there."""
+        for fold in range(self.config.splits[split].n_folds if self.allows(dataset, split) else 0):
             for method in methods:
                 if not self.lacks(method, dataset):
                     for seed in self.seeds(method):
                         yield Job(dataset, split, fold, method, seed)
+
+    def allows(self, dataset: str, split: str) -> bool:
+        """Whether the split is meant for the dataset."""
+        datasets = self.config.splits[split].datasets
+        return datasets is None or dataset in datasets
 
     def seeds(self, method: str) -> tuple[int, ...]:
         """The seeds a method runs with."""
@@ -181,13 +191,16 @@ class Plan:
 
     def left_out(self) -> list[str]:
         """One line for each method of the run that cannot run on one of its datasets, with the reason."""
-        lines = []
-        for method in self.methods:
-            for dataset in self.config.dataset:
-                missing = self.lacks(method, dataset)
-                if missing:
-                    lines.append(f"{method} is left out on {dataset}, which has no {', no '.join(missing)}")
-        return lines
+        pages = [(name, split) for name in self.config.dataset for split in self.config.splits]
+        wanted = [(page, method) for page in pages if self.allows(*page) for method in self._methods_of(page[1])]
+        for study, spec in self.config.studies.items():
+            wanted += [(page, method) for page in self.studies.pages(study) for method in methods_of(spec)]
+        lacking = {(method, dataset): self.lacks(method, dataset) for (dataset, _), method in wanted}
+        return [
+            f"{method} is left out on {dataset}, which has no {', no '.join(missing)}"
+            for (method, dataset), missing in lacking.items()
+            if missing
+        ]
 
     def tabulate_capabilities(self) -> pd.DataFrame:
         """Which method runs on which dataset, and what is missing where it does not."""
@@ -238,9 +251,9 @@ class Plan:
         return [*self.fit_files("scores.parquet"), *references]
 
     def figure_files(self) -> list[str]:
-        """Every figure, as svg."""
+        """Every figure, as svg; splits that only studies use have none but those of the studies."""
         run = [self.result(f"figures/{figure}.svg") for figure in RUN_FIGURES]
-        pairs = dict.fromkeys((job.dataset, job.split) for job in self.jobs())
+        pairs = dict.fromkeys((job.dataset, job.split) for job in self._benchmark)
         names = [(d, s, figure) for d, s in pairs for figure in self.split_figures(d, s)]
         of_splits = [self.result(f"figures/{d}/{s}/{figure}.svg") for d, s, figure in names]
         return [*run, *of_splits, *self.studies.figures(self.config.studies)]
@@ -275,7 +288,7 @@ class Plan:
 
     def resolved(self) -> str:
         """The whole configuration with every default filled in."""
-        return as_json(self.config.model_dump(mode="json"))
+        return as_json(self.config.model_dump(mode="json"), sort=False)
 
     def capability_slice(self) -> str:
         """The part of the configuration that says which method can run on which data."""

@@ -21,6 +21,9 @@ PAPER_A = (
 )
 """Targets: the figures and tables of the PerturbedVAE paper (arXiv 2605.19343)."""
 
+TOP_EXPRESSED = "pearson_delta_ctrl_top_expressed"
+"""Score of `Comparison.top_expressed`."""
+
 
 class _Study(Section):
     title: str

@@ -74,6 +74,10 @@ class StudyPlan:
         """Names of the studies of these kinds."""
         return [name for name, study in self.studies.items() if study.kind in kinds]
 
+    def constraint(self, *kinds: str) -> str:
+        """Regular expression of the wildcard `study` for these kinds; matches nothing where there is none."""
+        return "|".join(self.of_kind(*kinds)) or "(?!)"
+
     # --- checks ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -135,15 +139,16 @@ class StudyPlan:
     def jobs(self, name: str) -> list[Job]:
         """The fits of one study; those a method cannot run on are left out."""
         study = self.studies[name]
-        found = [
-            job
-            for dataset in _datasets_of(study) or self.plan.config.dataset
-            for split in splits_of(study)
-            for job in self.plan.cell(dataset, split, methods_of(study))
-        ]
+        found = [job for page in self.pages(name) for job in self.plan.cell(*page, methods_of(study))]
         if isinstance(study, Programs | Probe | LatentMap):
             found = [job for job in found if job.fold == 0]
         return found
+
+    def pages(self, name: str) -> list[tuple[str, str]]:
+        """Datasets and splits of one study."""
+        datasets = _datasets_of(self.studies[name]) or self.plan.config.dataset
+        pairs = [(dataset, split) for dataset in datasets for split in splits_of(self.studies[name])]
+        return [pair for pair in pairs if self.plan.allows(*pair)]
 
     def _floor_jobs(self, name: str) -> Iterator[Job]:
         floors = [method for method in FLOORS if method in self.plan.methods]
@@ -276,13 +281,13 @@ class StudyPlan:
 
         study = self.studies[wildcards.study]
         without = {"title"} if getattr(study, "published", None) is not None else {"title", "answers"}
-        return as_json(study.model_dump(mode="json", exclude=without))
+        return as_json(study.model_dump(mode="json", exclude=without), sort=False)
 
     def drawing_slice(self, wildcards: Any) -> str:
         """The whole section, which the figure needs for titles and order."""
         from perturbed.plan import as_json
 
-        return as_json(self.studies[wildcards.study].model_dump(mode="json"))
+        return as_json(self.studies[wildcards.study].model_dump(mode="json"), sort=False)
 
     def labels(self, wildcards: Any) -> dict[str, str]:
         """What the report's list says of a figure: its title and the items of the paper it answers."""

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from planted_cells import only, plant
 from scipy import sparse
 
-from perturbed.errors import MethodError, UnseenPerturbationError
-from perturbed.models.base import FitRun, TrainingData
+from perturbed.errors import DataError, MethodError, UnseenPerturbationError
+from perturbed.models.base import FitRun, MethodSpec, TrainingData, load_model, save_model
 from perturbed.models.baselines import (
     Additive,
     MatchingMean,
@@ -176,3 +178,51 @@ def test_validation_cells_are_used(data):
     np.testing.assert_array_equal(
         effect_of(fitted(Additive(), data), "G02"), effect_of(fitted(Additive(), flipped), "G02")
     )
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+SPEC = MethodSpec(title="Additive", implementation="perturbed.models.baselines:Additive")
+
+
+class OneTensor(Additive):
+    """A method that keeps an array and a tensor."""
+
+    def state(self):
+        return {"effect": self._effects.effect, "control": torch.from_numpy(self._effects.control)}
+
+
+def test_arrays_are_saved_without_dates_pickles_or_order(data, tmp_path):
+    method = fitted(Additive(), data)
+    save_model(tmp_path / "one", method, SPEC)
+    file = tmp_path / "one" / "state.npz"
+    state = method.state()
+    method.state = lambda: {key: np.asfortranarray(state[key]) for key in reversed(state)}
+    save_model(tmp_path / "two", method, SPEC)
+    assert file.read_bytes() == (tmp_path / "two" / "state.npz").read_bytes()
+    assert {member.date_time for member in zipfile.ZipFile(file).infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    with np.load(file, allow_pickle=False) as archive:
+        np.testing.assert_array_equal(archive["effect"], state["effect"])
+    method.state = lambda: {"effect": np.array([{"a": "pickle"}], dtype=object)}
+    with pytest.raises(ValueError, match="allow_pickle"):
+        save_model(tmp_path / "three", method, SPEC)
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_mixture_is_saved_as_tensors(data, tmp_path):
+    method = fitted(OneTensor(), data)
+    save_model(tmp_path / "m", method, SPEC)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "state.pt"]
+    loaded = load_model(tmp_path / "m")
+    np.testing.assert_array_equal(effect_of(loaded, "G02+G05"), effect_of(method, "G02+G05"))
+
+
+def test_a_broken_state_is_one_line(data, tmp_path):
+    save_model(tmp_path / "m", fitted(Additive(), data), SPEC)
+    whole = (tmp_path / "m" / "state.npz").read_bytes()
+    (tmp_path / "m" / "state.npz").write_bytes(whole[:200])
+    with pytest.raises(DataError, match=r"not a readable model .* rerun `perturbed fit`"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "state.npz").unlink()
+    with pytest.raises(DataError, match=r"state\.pt"):
+        load_model(tmp_path / "m")

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
 from data_world import FEATURES, make_counts, make_fold, make_prepared
 from perturbed.config import Context, FeatureSpec
 from perturbed.data.contracts import read_features, read_prepared, read_split, write_features, write_h5ad, write_split
+from perturbed.data.ondisk import open_tables
 from perturbed.data.split import make_split
 from perturbed.errors import DataError, LeakageError
 from perturbed.models.inputs import load_training_data
@@ -123,3 +128,45 @@ def test_all_genes_in_the_order_of_the_file(tmp_path):
     prepared = make_prepared(tmp_path)
     files = make_fold(tmp_path, prepared, features=FeatureSpec(n_hvg="all", n_pcs=FEATURES.n_pcs))
     assert load_training_data(prepared, *files).genes == tuple(read_prepared(prepared).var_names)
+
+
+def test_tables_are_read_as_anndata_reads_them(files):
+    prepared = read_prepared(files[0])
+    n = prepared.n_obs
+    prepared.obs["number"] = np.linspace(0, 1, n)
+    prepared.obs["flag"] = np.arange(n) % 2 == 0
+    prepared.obs["ordered"] = pd.Categorical(
+        ["low", "high"] * (n // 2) + ["low"] * (n % 2), ["low", "high"], ordered=True
+    )
+    prepared.obs["absent"] = pd.Categorical.from_codes([-1] + [0] * (n - 1), ["x"])
+    prepared.obs["rare"] = pd.array([1, None] + [3] * (n - 2), dtype="Int64")
+    write_h5ad(files[0], prepared)
+    expected, found = read_prepared(files[0]), open_tables(files[0])
+    pd.testing.assert_frame_equal(found.obs, expected.obs)
+    pd.testing.assert_frame_equal(found.var, expected.var)
+    assert found.X.shape == expected.shape and found.X.format == "csr" and list(found.layers) == ["counts"]
+
+
+def test_a_file_that_is_not_prepared(files):
+    prepared = read_prepared(files[0])
+    del prepared.obs["context"], prepared.uns["perturbed"]
+    write_h5ad(files[0], prepared)
+    with pytest.raises(
+        DataError, match=r"not a prepared file: obs\['context'\] is missing, uns\['perturbed'\] is missing"
+    ):
+        load_training_data(*files)
+
+
+def test_a_baseline_is_fitted_without_importing_torch_or_anndata(files, tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from perturbed.models.fitting import fit_model
+spec = {{"title": "A", "implementation": "perturbed.models.baselines:Additive"}}
+paths = map(Path, {[str(path) for path in (*files, tmp_path / "model")]})
+fit_model(spec, *paths, device="auto", threads=2)
+slow = {{"torch", "anndata", "sklearn", "scanpy", "scvi"}} & set(sys.modules)
+assert not slow, slow
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "state.npz"]

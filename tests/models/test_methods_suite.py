@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted_cells import plant, reorder
@@ -28,7 +29,9 @@ from perturbed.names import CONTROL
 FOLDER = Path(__file__).parents[2] / "config" / "methods"
 SKIPPED = {"external": "has no predictions of its own; see test_external.py"}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+QUICK_SPARSE = {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2, "lr": 3e-3}
 QUICK = {
+    **dict.fromkeys(("sams_vae", "sams_vae_gaussian", "svae_plus", "svae_plus_gaussian"), QUICK_SPARSE),
     "perturbedvae": {"n_nu": 4, "n_iota": 3, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2, "lr": 3e-3},
     "discrepancy_vae": {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2},
     "sena": {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2},
@@ -36,7 +39,7 @@ QUICK = {
     "scvi_additive": {"n_latent": 3, "n_hidden": 8, "epochs": 3, "n_samples": 5, "n_control": 5},
 }
 """Overrides that make a fit quick and change nothing it promises."""
-PREDICTS_UNSEEN_GENES = {"no_change", "mean_effect", "matching_mean", "pca_ridge"}
+PREDICTS_UNSEEN_GENES = {"no_change", "mean_effect", "matching_mean", "pca_ridge", "embedding"}
 ORDER_FREE = {
     "no_change",
     "mean_effect",
@@ -46,6 +49,8 @@ ORDER_FREE = {
     "knn",
     "elastic_net",
     "pca_additive",
+    "embedding",
+    "embedding_cells",
 }
 """Methods whose predictions do not depend on the order of genes; others draw initial weights by position."""
 ONE_STEP = {"random_forest"}
@@ -60,7 +65,12 @@ def data(tmp_path_factory):
     lines = ["\t".join([name, "", *(f"G{i:02d}" for i in genes)]) for name, genes in sets.items()]
     (folder / "sets.gmt").write_text("\n".join(lines) + "\n")
     planted = plant(n_cells=15, n_control=30, combos=("G00+G01",), counts=True).data
-    return replace(planted, files={"gene_sets": folder / "sets.gmt"})
+    cells = np.array([f"cell{i}" for i in range(len(planted.perturbation))], dtype=object)
+    files = {role: folder / f"{role}.csv" for role in ("gene_embedding", "cell_embedding")}
+    draw = np.random.default_rng(0).normal(size=(len(planted.genes), 6))
+    pd.DataFrame(draw, index=planted.genes).to_csv(files["gene_embedding"])
+    pd.DataFrame(planted.X @ draw, index=cells).to_csv(files["cell_embedding"])
+    return replace(planted, cells=cells, files={"gene_sets": folder / "sets.gmt", **files})
 
 
 @pytest.fixture(params=NAMES)

@@ -68,6 +68,13 @@ def test_single_precision_survives_cells_far_from_the_origin():
     torch.testing.assert_close(squared.double(), naive, rtol=1e-4, atol=1e-3)
 
 
+def test_mixed_precision_leaves_the_distances_alone():
+    x, y = sample(20, 500, dtype=torch.float32), sample(20, 500, seed=1, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gaussian_mmd(x, y, multiscale_bandwidths())
+    assert torch.equal(inside, gaussian_mmd(x, y, multiscale_bandwidths()))
+
+
 def test_it_is_zero_between_a_sample_and_itself_and_grows_with_the_shift():
     x = sample(30)
     assert gaussian_mmd(x, x, WIDTHS).abs() < 1e-12

@@ -92,6 +92,7 @@ def test_loss_terms_match_their_formulas_cell_by_cell():
         {"condition_map": "mlp"},
         {"learn_noise": True, "reconstruction_reduction": "sum"},
         {"likelihood": "nb", "n_hidden_layers": 2},
+        {"response_posterior": "autoregressive"},
     ],
 )
 def test_gradients_match_finite_differences(options):
@@ -163,6 +164,88 @@ def test_starting_at_the_mean_reconstructs_the_mean():
     torch.testing.assert_close(module.encoder(x + centre), untouched.encoder(x))
 
 
+def autoregressive_module(seed=0) -> PerturbedVAEModule:
+    module = random_module(seed, response_posterior="autoregressive")
+    with torch.no_grad():
+        for head in module.regression_head:
+            head.weight.normal_(0, 0.3)
+    return module
+
+
+def test_the_autoregressive_posterior_starts_as_the_diagonal_one_and_departs_from_it():
+    batch, draws = random_batch()
+    fresh = random_module(response_posterior="autoregressive")
+    plain = random_module()
+    plain.load_state_dict({k: v for k, v in fresh.state_dict().items() if not k.startswith("regression_head")})
+    for here, there in zip(fresh.loss(batch, draws, **WEIGHTS), plain.loss(batch, draws, **WEIGHTS)):
+        torch.testing.assert_close(here, there)
+    moved = autoregressive_module()
+    moved.load_state_dict({**moved.state_dict(), **plain.state_dict()})
+    here, there = moved.loss(batch, draws, **WEIGHTS), plain.loss(batch, draws, **WEIGHTS)
+    assert here.kl_nu > there.kl_nu  # the prior's noise is independent; only the marginal variances differ
+    assert here.reconstruction != there.reconstruction
+    torch.testing.assert_close(here.kl_iota, there.kl_iota)
+
+
+def test_the_kl_of_the_response_is_that_of_z_nu_against_the_scm_prior():
+    """Against joint Gaussians of z_nu itself, given z_iota: posterior and prior pushed through the SCM."""
+    module, (batch, _) = autoregressive_module(), random_batch()
+    posterior = module.inference(batch.x, batch.conditions, batch.condition)
+    m = module.scm(batch.conditions)
+    eye = torch.eye(4, dtype=torch.double)
+    found = posterior.kl_noise(m.log_variance[batch.condition])
+    for i, row in enumerate(batch.condition):
+        solve = torch.linalg.inv(eye - m.edges[row])
+        inner = torch.linalg.inv(eye - posterior.noise_regression[i])
+        offset = m.inputs[row] @ posterior.iota_mean[i] + m.shift[row]
+        covariance = inner @ torch.diag(posterior.noise_variance[i]) @ inner.T
+        q = torch.distributions.MultivariateNormal(
+            solve @ (posterior.noise_mean[i] + offset), solve @ covariance @ solve.T
+        )
+        p = torch.distributions.MultivariateNormal(
+            solve @ offset, solve @ torch.diag(m.log_variance[row].exp()) @ solve.T
+        )
+        torch.testing.assert_close(found[i], torch.distributions.kl_divergence(q, p))
+
+
+def test_the_mmd_compares_generated_with_observed_cells_of_the_same_condition():
+    module, (batch, draws) = random_module(), random_batch()
+    generator = torch.manual_seed(3)
+    extra = [torch.randn(5, d, dtype=torch.double, generator=generator) for d in (4, 3)]
+    draws = Draws(draws.nu, draws.iota, *extra)
+    off = module.loss(batch, draws, **WEIGHTS)
+    on = module.loss(batch, draws, **WEIGHTS, mmd_weight=2.0, mmd_width=3.0)
+    posterior = module.inference(batch.x, batch.conditions, batch.condition)
+    m = module.scm(batch.conditions)
+    generated = []
+    for i, row in enumerate(batch.condition):
+        z_iota = posterior.iota_mean[5 + i] + posterior.iota_variance[5 + i].sqrt() * extra[1][i]
+        right = torch.exp(0.5 * m.log_variance[row]) * extra[0][i] + m.inputs[row] @ z_iota + m.shift[row]
+        z_nu = torch.linalg.solve(torch.eye(4, dtype=torch.double) - m.edges[row], right)
+        generated.append(module.decoder(torch.cat([z_nu, z_iota])))
+
+    def kernel(a, b):
+        return sum(torch.exp(-(a - b).square().sum() / (3.0 * 2.0 ** (k - 5))) for k in range(10))
+
+    total = torch.zeros((), dtype=torch.double)
+    for i in range(5):
+        same = [j for j in range(5) if batch.condition[j] == batch.condition[i]]
+        for j in same:
+            pairs = kernel(generated[i], generated[j]) + kernel(batch.x[i], batch.x[j])
+            total = total + (pairs - 2 * kernel(generated[i], batch.x[j])) / (len(same) * 5)
+    torch.testing.assert_close(on.mmd, total)
+    assert off.mmd == 0
+    torch.testing.assert_close(on.loss, off.loss + 2 * total)
+
+
+def test_active_units_are_counted():
+    module, (batch, draws) = random_module(), random_batch()
+    with torch.no_grad():
+        module.iota_head.weight[1:3].zero_()  # means of the second and third background latent are constants
+        module.iota_head.weight[0].mul_(50)
+    assert module.loss(batch, draws, **WEIGHTS).active_iota == 1
+
+
 # --- cells --------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +302,50 @@ def test_alignment_pulls_the_background_of_perturbed_and_control_cells_together(
         return rows[-1]["alignment"]
 
     assert distance(0.5) < 0.2 * distance(0.0)
+
+
+def test_latents_are_those_of_the_module_and_only_the_response_sees_the_condition():
+    data = plant().data
+    method = fitted(data, n_samples=0)
+    names = data.perturbation
+    x = torch.from_numpy(data.X.toarray())
+    conditions = torch.zeros(len(names), 8)
+    for i, name in enumerate(names):
+        if name != "control":
+            conditions[i, data.seen_genes.index(name)] = 1
+    with torch.no_grad():
+        posterior = method.module.inference(x, conditions, torch.arange(len(x)))
+        m = method.module.scm(conditions)
+        z_nu = method.module.scm.respond(m, torch.arange(len(x)), posterior.iota_mean, posterior.noise_mean)
+        h = method.module.encoder(x)
+    np.testing.assert_allclose(method.represent(data.X), h.numpy(), atol=1e-5)
+    np.testing.assert_allclose(method.encode_background(data.X), posterior.iota_mean.numpy(), atol=1e-5)
+    np.testing.assert_allclose(method.encode_response(data.X, names), z_nu.numpy(), atol=1e-5)
+    with pytest.raises(UnseenPerturbationError, match="G20"):
+        method.encode_response(data.X[:1], np.array(["G20"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_posterior": "autoregressive"},
+        {"mmd_weight": 1.0, "mmd_width": 20.0},
+        {"partners": "matched_pca"},
+        {"warm_up_delay": 2},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_every_option_changes_the_fit_and_predicts(options):
+    data = plant().data
+    plain, other = (fitted(data, n_samples=0, **o).predict_one("G00+G01+G02", "all")["mean"] for o in ({}, options))
+    assert np.isfinite(other).all()
+    assert not np.array_equal(plain, other)
+    assert np.corrcoef(plain, other)[0, 1] > 0.9
+
+
+def test_the_mmd_is_refused_for_counts():
+    with pytest.raises(MethodError, match="mmd_weight"):
+        PerturbedVAE(params(likelihood="nb", mmd_weight=1.0))
 
 
 def test_anchor_moves_the_control_prediction_onto_the_control_mean():

@@ -180,7 +180,7 @@ def test_the_encoder_sees_the_shift_only_where_it_is_asked_to():
 @pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
 def test_sparse_shifts_are_recovered(likelihood):
     world = plant_sparse_shifts(counts=likelihood == "nb")
-    method = fitted(world.data, likelihood=likelihood, mask_prior=0.05)
+    method = fitted(world.data, likelihood=likelihood, mask_prior=0.05, start_from="control")
     effects = method.effects()
     correlation, slope = effect_match(method, world)
     assert correlation > 0.9
@@ -194,7 +194,7 @@ def test_sparse_shifts_are_recovered(likelihood):
 
 
 def test_a_combination_adds_the_shifts_of_its_genes():
-    method = fitted(plant(counts=False).data, likelihood="gaussian", epochs=3, predict="mean")
+    method = fitted(plant(counts=False).data, likelihood="gaussian", epochs=3, predict="mean", start_from="control")
     shift = method.effects()["shift"]
     names = ("G01", "G04", "G06")
     rows = [method._perturbed.index(name) for name in names]
@@ -206,7 +206,9 @@ def test_a_combination_adds_the_shifts_of_its_genes():
 
 def test_contexts_start_from_their_own_control_cells():
     data = plant(n_single=3, n_cells=20, n_control=60, contexts=("a", "b", "c")).data
-    method = fitted(data, likelihood="gaussian")
+    with pytest.raises(MethodError, match="knows none of the 3 contexts; set `start_from: control`"):
+        fitted(data, likelihood="gaussian")
+    method = fitted(data, likelihood="gaussian", start_from="control")
     gap = method.predict_one("G00", "c")["mean"] - method.predict_one("G00", "a")["mean"]
     assert 0.5 < gap.mean() < 1.2  # planted: 1 on every gene
 

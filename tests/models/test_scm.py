@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
-from perturbed.models.nn.scm import ResponseSCM, fill_strictly_lower, kl_diagonal, solve_structural
+from perturbed.models.nn.scm import (
+    AutoregressiveNoise,
+    ResponseSCM,
+    fill_strictly_lower,
+    kl_diagonal,
+    solve_structural,
+)
 
 
 def random_scm(condition_map="linear", n_perturbed=6, n_nu=4, n_iota=3, seed=0, **options) -> ResponseSCM:
@@ -149,3 +158,80 @@ def test_gradients_match_finite_differences():
         return scm.respond(m, condition, z, e)
 
     assert torch.autograd.gradcheck(respond, (z_iota, noise, *weights))
+
+
+# --- the autoregressive posterior ---------------------------------------------------------------------------------
+
+
+def random_noise(n=3, d=5, seed=0) -> AutoregressiveNoise:
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(n, d, generator=g, dtype=torch.double)
+    variance = torch.rand(n, d, generator=g, dtype=torch.double) + 0.2
+    return AutoregressiveNoise(mean, variance, 0.6 * torch.randn(n, d, d, generator=g, dtype=torch.double).tril(-1))
+
+
+def as_distribution(q: AutoregressiveNoise) -> torch.distributions.MultivariateNormal:
+    inverse = torch.linalg.inv(torch.eye(q.mean.shape[1], dtype=torch.double) - q.regression)
+    return torch.distributions.MultivariateNormal(q.mean, inverse @ torch.diag_embed(q.variance) @ inverse.mT)
+
+
+def test_the_autoregressive_density_is_a_product_of_conditionals_and_a_joint_gaussian():
+    q = random_noise()
+    noise = torch.randn(3, 5, dtype=torch.double)
+    torch.testing.assert_close(q.log_density(noise), as_distribution(q).log_prob(noise))
+    total = torch.zeros(3, dtype=torch.double)
+    for i in range(5):
+        before = (q.regression[:, i, :i] * (noise - q.mean)[:, :i]).sum(1)
+        total += torch.distributions.Normal(q.mean[:, i] + before, q.variance[:, i].sqrt()).log_prob(noise[:, i])
+    torch.testing.assert_close(q.log_density(noise), total)
+
+
+def test_the_autoregressive_kl_against_torch_and_monte_carlo():
+    q = random_noise()
+    log_variance = torch.linspace(-1, 1, 15, dtype=torch.double).view(3, 5)
+    prior = torch.distributions.MultivariateNormal(torch.zeros_like(q.mean), torch.diag_embed(log_variance.exp()))
+    torch.testing.assert_close(q.kl(log_variance), torch.distributions.kl_divergence(as_distribution(q), prior))
+    n = 20_000
+    generator = torch.Generator().manual_seed(1)
+    for i in range(3):
+        one = AutoregressiveNoise(*(value[i].expand(n, *value[i].shape) for value in q))
+        noise = one.sample(torch.randn(n, 5, generator=generator, dtype=torch.double))
+        ratio = one.log_density(noise) - torch.distributions.Normal(0, (0.5 * log_variance[i]).exp()).log_prob(
+            noise
+        ).sum(1)
+        assert abs(ratio.mean() - q.kl(log_variance)[i]) < 5 * ratio.std() / n**0.5
+
+
+def test_without_regression_it_is_the_diagonal_posterior():
+    q = random_noise()._replace(regression=torch.zeros(3, 5, 5, dtype=torch.double))
+    log_variance = torch.randn(3, 5, dtype=torch.double)
+    draws = torch.randn(3, 5, dtype=torch.double)
+    torch.testing.assert_close(q.kl(log_variance), kl_diagonal(q.mean, q.variance, log_variance))
+    torch.testing.assert_close(q.sample(draws), q.mean + q.variance.sqrt() * draws)
+
+
+def test_only_the_autoregressive_posterior_closes_the_gap_to_the_evidence():
+    """A linear-Gaussian observation correlates latents a posteriori: the exact posterior is autoregressive."""
+    g = torch.Generator().manual_seed(0)
+    d, noise = 4, 0.3
+    w = torch.randn(6, d, generator=g, dtype=torch.double)
+    x = torch.randn(6, generator=g, dtype=torch.double)
+    precision = torch.eye(d, dtype=torch.double) + w.T @ w / noise
+    mean = torch.linalg.solve(precision, w.T @ x / noise)
+    lower = torch.linalg.cholesky(torch.linalg.inv(precision))
+    scale = lower.diagonal()
+    regression = torch.eye(d, dtype=torch.double) - torch.linalg.inv(lower / scale)
+
+    def elbo(q: AutoregressiveNoise) -> Tensor:
+        covariance = as_distribution(q).covariance_matrix[0]
+        residual = (x - w @ q.mean[0]).square().sum() + (w @ covariance @ w.T).trace()
+        reconstruction = -0.5 * residual / noise - 3 * math.log(2 * math.pi * noise)
+        return reconstruction - q.kl(torch.zeros(1, d, dtype=torch.double))[0]
+
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros(6, dtype=torch.double), w @ w.T + noise * torch.eye(6, dtype=torch.double)
+    ).log_prob(x)
+    exact = AutoregressiveNoise(mean[None], scale.square()[None], regression[None])
+    torch.testing.assert_close(elbo(exact), evidence)
+    best_diagonal = AutoregressiveNoise(mean[None], 1 / precision.diagonal()[None], torch.zeros(1, d, d).double())
+    assert elbo(best_diagonal) < evidence - 0.1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perturbed import training
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun
+from perturbed.models.nn.mlp import build_mlp
 from perturbed.training import Random, Task, TrainingOptions, dense_rows, seeded_weights, train
 
 
@@ -248,3 +249,61 @@ def test_dense_rows():
     found = dense_rows(matrix, np.array([5, 1]))
     np.testing.assert_array_equal(found.numpy(), matrix.toarray()[[5, 1]])
     assert found.dtype == torch.float32
+
+
+# --- precision and compilation ------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = build_mlp((4, 16, 1), "tanh")
+
+
+def train_net(**options) -> tuple[list[dict], Task, list[torch.dtype]]:
+    base = make_task()
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(50, 4)).astype(np.float32))
+    y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0])
+    with seeded_weights(0):
+        module = Net()
+    inside: list[torch.dtype] = []
+    module.net[0].register_forward_hook(lambda *a: inside.append(a[2].dtype))
+
+    def step(rows: np.ndarray, random: Random, epoch: int | None) -> Terms:
+        found = module.net(x[rows])
+        assert found.dtype == torch.float32  # what leaves a net is as precise as what entered
+        error = found.squeeze(1) - y[rows]
+        return Terms(error.square().mean(), error.mean())
+
+    task = Task(module, step, base.train_rows, base.val_rows)
+    history = train(task, TrainingOptions(lr=0.02, batch_size=8, epochs=15, **options), FitRun(progress=False))
+    return history.epochs, task, inside
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_learns_the_same():
+    full, _, inside = train_net()
+    half, halved, inside_half = train_net(precision="bfloat16")
+    assert set(inside) == {torch.float32}
+    assert set(inside_half) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in halved.module.parameters())
+    assert half != full
+    assert half[-1]["loss"] < 0.2 * half[0]["loss"]
+    assert half[-1]["val_loss"] == pytest.approx(full[-1]["val_loss"], rel=0.1, abs=0.02)
+
+
+def test_compiled_layers_agree_and_leave_no_trace(monkeypatch):
+    used = []
+
+    def backend(graph, inputs):
+        used.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(training, "COMPILE_BACKEND", backend)
+    plain, task, _ = train_net()
+    compiled, other, _ = train_net(compile=True)
+    assert used
+    for here, there in zip(plain, compiled):
+        assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
+    assert list(other.module.state_dict()) == list(task.module.state_dict())
+    assert other.module.net._compiled_call_impl is None

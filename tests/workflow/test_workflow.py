@@ -23,7 +23,9 @@ def test_every_promised_file_is_there(finished_run: Run):
     fit = results / "tiny/zero_shot/fold0/perturbedvae/seed1"
     for name in ("model/state.pt", "model/config.json", "training.csv", "prediction.h5ad", "scores.parquet"):
         assert (fit / name).is_file(), name
-    for figure in ("overview", "calibration"):
+    for study in ("double", "alignment"):
+        assert (results / f"studies/{study}/table.csv").stat().st_size > 0
+    for figure in ("overview", "calibration", "studies/double", "studies/alignment"):
         for suffix in ("svg", "png", "csv"):
             assert (results / f"figures/{figure}.{suffix}").stat().st_size > 0
     assert not list(finished_run.folder.glob("**/*.part.*"))
@@ -57,16 +59,17 @@ def test_a_second_run_does_nothing(finished_run: Run):
 
 def test_one_changed_key_reruns_only_what_depends_on_it(finished_run: Run):
     figures = {f"draw_{figure}": 1 for figure in (*RUN_FIGURES, *SPLIT_FIGURES)} | {"report": 1, "resolve_config": 1}
+    figures |= {"tabulate_study": 2, "draw_comparison": 1, "draw_sweep": 1}
     expected = {
         "statistics__n_bootstrap": (201, {"summarise": 1, **figures}),
         "evaluation__n_halves": (3, {"references": 1, "summarise": 1, **figures}),
         "method_params__perturbedvae": (
             {"n_nu": 4, "n_iota": 8, "n_hidden": 16, "epochs": 4},
-            {"fit": 2, "predict": 2, "evaluate": 2, "summarise": 1, **figures},
+            {"fit": 3, "predict": 3, "evaluate": 3, "summarise": 1, **figures},
         ),
         "splits__zero_shot": (
             {"kind": "unseen_combo", "seed": 1},
-            {"split": 1, "features": 1, "check_leakage": 1, "fit": 5, "predict": 5, "evaluate": 5, "references": 1,
+            {"split": 1, "features": 1, "check_leakage": 1, "fit": 6, "predict": 6, "evaluate": 6, "references": 1,
              "summarise": 1, **figures},
         ),
         "seeds": ([0, 1, 2], {"fit": 1, "predict": 1, "evaluate": 1, "summarise": 1, **figures}),
@@ -85,6 +88,24 @@ def test_the_same_config_twice_gives_the_same_bytes(finished_run: Run, new_run: 
     first, second = finished_run.tables(), new_run.tables()
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_an_item_of_the_paper_is_a_target(finished_run: Run):
+    """An answered one is there already; one that is not answered says which config does, in one line."""
+    assert "Nothing to be done" in finished_run.snakemake("paper_a_table13")
+    shown = finished_run.snakemake("paper_a_table10", check=False)
+    lines = [line for line in shown.splitlines() if line.startswith("perturbed: ")]
+    assert len(lines) == 1
+    assert "no study of this config answers paper_a_table10; --configfile" in lines[0]
+    assert "paper.yaml does" in lines[0]
+
+
+def test_a_finished_run_knows_its_longest_jobs_and_what_each_method_can_run_on(finished_run: Run):
+    longest = pd.read_csv(finished_run.folder / "results/longest_jobs.csv")
+    assert len(longest) == 10
+    assert longest["seconds"].is_monotonic_decreasing
+    capabilities = pd.read_csv(finished_run.folder / "results/tables/capabilities.csv")
+    assert set(capabilities["method"]) >= {"additive", "perturbedvae_unaligned"}
 
 
 def test_mistakes_stop_before_anything_runs(new_run: Run):
@@ -112,7 +133,7 @@ def test_a_leak_fails_the_dag_with_the_offending_names(finished_run: Run, tmp_pa
     from perturbed.data.contracts import Split, write_split
 
     write_split(run.folder / "leaky.csv", Split(table.set_index("cell"), {"seed": 0}))
-    run.configure(splits={"leaky": {"kind": "from_file", "path": "leaky.csv"}}, methods=["additive"])
+    run.configure(splits={"leaky": {"kind": "from_file", "path": "leaky.csv"}}, methods=["additive"], studies={})
     shown = run.snakemake("benchmark", check=False)
     assert tested in shown
     assert "check_leakage" in shown
@@ -170,7 +191,9 @@ def test_the_report_opens_without_console_errors(finished_run: Run, tmp_path):
     assert "Benchmark" in shown.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("--configfile", "config/paper.yaml")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--configfile", "config/paper.yaml"), ("--configfile", "config/paper_small.yaml")]
+)
 def test_shipped_configs_have_a_dag(arguments, tmp_path):
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run", "--quiet", "all"]
     done = subprocess.run(

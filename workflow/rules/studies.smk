@@ -1,11 +1,6 @@
 # Studies: what a config asks for beyond the benchmark. One table and one figure each; perturbed.study_plan knows the fits.
 
 
-def _study(*kinds):
-    """Constraint of the wildcard to studies of these kinds."""
-    return "|".join(plan.studies.of_kind(*kinds)) or "(?!)"
-
-
 rule tabulate_study:
     input:
         scores=plan.studies.score_files,
@@ -20,7 +15,7 @@ rule tabulate_study:
     benchmark:
         plan.studies.file("benchmarks/tabulate.tsv")
     wildcard_constraints:
-        study=_study(*SCORED),
+        study=plan.studies.constraint(*SCORED),
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -59,7 +54,7 @@ for _kind, _verb, _message in (
         benchmark:
             plan.studies.file(f"benchmarks/{_verb}.tsv")
         wildcard_constraints:
-            study=_study(_kind),
+            study=plan.studies.constraint(_kind),
         conda:
             "../../envs/core.yaml"
         threads: 1
@@ -87,7 +82,7 @@ rule study_programs:
     benchmark:
         plan.studies.file("benchmarks/programs.tsv")
     wildcard_constraints:
-        study=_study("programs"),
+        study=plan.studies.constraint("programs"),
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -114,7 +109,7 @@ rule identify:
     benchmark:
         plan.studies.file("benchmarks/{setting}_seed{seed}.tsv")
     wildcard_constraints:
-        study=_study("identifiability"),
+        study=plan.studies.constraint("identifiability"),
         setting="[^/]+",
     conda:
         "../../envs/core.yaml"
@@ -128,7 +123,7 @@ rule identify:
     message:
         "Identifiability: {wildcards.setting}, seed {wildcards.seed}"
     shell:
-        "perturbed study identify --setting {params.setting:q} --name {wildcards.setting} --seed {wildcards.seed}"
+        "perturbed study identify --setting {params.setting:q} --seed {wildcards.seed}"
         " --device {params.device} --threads {threads} --out {output.table} 2>&1 | tee {log}"
 
 
@@ -142,7 +137,7 @@ rule gather_study:
     benchmark:
         plan.studies.file("benchmarks/gather.tsv")
     wildcard_constraints:
-        study=_study("identifiability"),
+        study=plan.studies.constraint("identifiability"),
     conda:
         "../../envs/core.yaml"
     threads: 1

@@ -24,7 +24,7 @@ for _kind in STUDY_KINDS:
         benchmark:
             plan.studies.file("benchmarks/draw.tsv")
         wildcard_constraints:
-            study=_study(_kind),
+            study=plan.studies.constraint(_kind),
         conda:
             "../../envs/core.yaml"
         threads: 1
@@ -63,9 +63,9 @@ for _item in plan.studies.unanswered():
             _item
         log:
             plan.result(f"logs/{_item}.log"),
+        localrule: True
         conda:
             "../../envs/core.yaml"
-        localrule: True
         params:
             reason=where_answered(_item, CONFIGS),
         shell:

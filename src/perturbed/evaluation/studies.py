@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from perturbed.config import StatisticsSpec
 from perturbed.data.contracts import read_features
 from perturbed.errors import ConfigError, DataError, suggest
 from perturbed.evaluation.statistics import REFERENCES, arrange, contrast
 from perturbed.evaluation.summarise import merge_scores, read_directions, tabulate_means
-from perturbed.study_config import Comparison, Conditions, Denoising, Study, Sweep
+from perturbed.study_config import TOP_EXPRESSED, Comparison, Conditions, Denoising, Study, Sweep
 
-TOP_EXPRESSED = "pearson_delta_ctrl_top_expressed"
-"""Pearson correlation of effects on the genes of highest mean expression in the training cells (table 15)."""
 PUBLISHED_COLUMNS = ("item", "method", "split", "metric", "value", "sd", "source")
 _MEANS = [
     "dataset", "split", "method", "reference", "metric", "direction", "n_perturbations", "n_undefined", "n_seeds",
@@ -197,15 +194,16 @@ def tabulate_sweep(scores: pd.DataFrame, study: Sweep, spec: StatisticsSpec, inp
     """One row per dataset, split, level (empty: a baseline or reference) and quantity.
 
     `quantity` says where a row is from: `score` (interval of the bootstrap over genes and seeds), `history` (the last
-    value of a term in training, over seeds and folds) or `probe`; the last two have Student's interval over seeds.
+    value of a term in training, folds averaged) or `probe`; for the last two, `ci_low` and `ci_high` are the range over
+    seeds.
     """
     table = _means(scores, study.metrics, spec)
     table = table[table["method"].isin([*study.levels, *study.baselines, *REFERENCES])].assign(quantity="score")
     blocks = [table]
     if study.history:
-        blocks.append(_last_of_history(inputs.histories, study, spec.confidence))
+        blocks.append(_last_of_history(inputs.histories, study))
     if inputs.probe is not None:
-        blocks.append(_probe_accuracy(inputs.probe, study, spec.confidence))
+        blocks.append(_probe_accuracy(inputs.probe, study))
     joined = pd.concat(blocks, ignore_index=True)
     joined["reference"] = joined["reference"].astype("boolean").fillna(False).astype(bool)
     level = joined["method"].map({name: str(value) for name, value in study.levels.items()}).fillna("")
@@ -214,7 +212,7 @@ def tabulate_sweep(scores: pd.DataFrame, study: Sweep, spec: StatisticsSpec, inp
     return _add_published(joined, joined["level"], study, inputs.published)
 
 
-def _last_of_history(paths: Iterable[Path], study: Sweep, confidence: float) -> pd.DataFrame:
+def _last_of_history(paths: Iterable[Path], study: Sweep) -> pd.DataFrame:
     tables = [pd.read_csv(path) for path in paths]
     history = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["term"])
     unknown = set(study.history) - set(history["term"])
@@ -225,37 +223,26 @@ def _last_of_history(paths: Iterable[Path], study: Sweep, confidence: float) -> 
     fits = ["dataset", "split", "method", "term", "seed", "fold"]
     last = history.groupby(fits, sort=True)["value"].last()
     over_folds = last.groupby(["dataset", "split", "method", "term", "seed"], sort=True).mean()
-    return _over_seeds(over_folds, "history", confidence)
+    return _over_seeds(over_folds, "history")
 
 
-def _probe_accuracy(path: Path, study: Sweep, confidence: float) -> pd.DataFrame:
+def _probe_accuracy(path: Path, study: Sweep) -> pd.DataFrame:
     """Balanced accuracy of the probe of z_ι; `floor` is what permuted labels give."""
     table = pd.read_csv(path)
     kept = table["method"].isin(study.levels) & (table["metric"] == "balanced_accuracy") & ~table["reduced"]
     table = table[kept & table["representation"].str.endswith("z_iota")].assign(term="balanced_accuracy")
     keys = ["dataset", "split", "method", "term"]
-    found = _over_seeds(table.set_index([*keys, "seed"])["value"], "probe", confidence)
+    found = _over_seeds(table.set_index([*keys, "seed"])["value"], "probe")
     chance = table.groupby(keys, sort=True)["chance"].mean()
     return found.assign(floor=chance.to_numpy())
 
 
-def _over_seeds(values: pd.Series, quantity: str, confidence: float) -> pd.DataFrame:
+def _over_seeds(values: pd.Series, quantity: str) -> pd.DataFrame:
+    """Mean and range over seeds: with few of them, an interval would say more of Student than of the fits."""
     keys = ["dataset", "split", "method", "term"]
-    table = values.groupby(keys, sort=True).agg(["mean", "std", "count"]).reset_index()
-    half = stats.t.ppf(0.5 + confidence / 2, np.maximum(table["count"] - 1, 1)) * table["std"] / np.sqrt(table["count"])
-    return pd.DataFrame(
-        {
-            **{key: table[key] for key in ("dataset", "split", "method")},
-            "metric": table["term"],
-            "direction": np.nan,
-            "n_seeds": table["count"],
-            "mean": table["mean"],
-            "ci_low": table["mean"] - half,
-            "ci_high": table["mean"] + half,
-            "sd_over_seeds": table["std"],
-            "quantity": quantity,
-        }
-    )
+    table = values.groupby(keys, sort=True).agg(["mean", "min", "max", "std", "count"]).reset_index()
+    names = {"term": "metric", "min": "ci_low", "max": "ci_high", "std": "sd_over_seeds", "count": "n_seeds"}
+    return table.rename(columns=names).assign(quantity=quantity, direction=np.nan)
 
 
 # --- denoising ----------------------------------------------------------------------------------------------------

@@ -98,9 +98,8 @@ def _draw_graph(axes: Axes, graph: pd.DataFrame, names: pd.DataFrame) -> None:
     axes.set_xlim(-2.3, 2.3)
     axes.set_ylim(-1.35, 1.35)
     axes.set_axis_off()
-    axes.set_title(
-        f"Latent graph of control: {len(kept)} of {len(graph)} edges kept\n(programs with targets)", loc="left"
-    )
+    title = f"Latent graph of control: {len(kept)} of {len(graph)} edges kept\n(each program: name, number of targets)"
+    axes.set_title(title, loc="left")
 
 
 def _draw_enrichment(axes: Axes, enrichment: pd.DataFrame, names: pd.DataFrame) -> None:
@@ -130,7 +129,7 @@ def _shorten(name: str, width: int = 38) -> str:
 
 def _draw_stability(axes: Axes, stability: pd.DataFrame) -> None:
     """Agreement of pairs of fits (points) over the null's 95 % quantile (band)."""
-    axes.set_title("Stability: pairs of seeds, and seeds against planted truth", loc="left")
+    axes.set_title("Are they there again?", loc="left")
     if stability.empty:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "one fit and no planted truth: nothing to compare", ha="center", style="italic", color=GREY)
@@ -141,10 +140,12 @@ def _draw_stability(axes: Axes, stability: pd.DataFrame) -> None:
             rows = stability[(stability["metric"] == metric) & (stability["kind"] == kind)]
             if rows["null_high"].notna().any():
                 axes.barh(y + shift, rows["null_high"].mean(), height=0.24, color=PALE, lw=0, zorder=0)
+            if rows["value"].isna().all() and len(rows):
+                axes.text(0.01, y + shift, "no edges", va="center", fontsize=7, style="italic", color=GREY)
             axes.plot(rows["value"], np.full(len(rows), y + shift), marker, ms=4.5, color=colour, ls="none", label=kind)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
-    axes.legend(unique.values(), ["between seeds", "against planted"][: len(unique)], loc="lower right", fontsize=7)
+    axes.legend(unique.values(), ["between seeds", "against planted"][: len(unique)], loc="upper right", fontsize=7)
     axes.set_yticks(range(len(METRICS)), list(METRICS.values()))
     axes.set_xlim(0, 1.02)
     axes.invert_yaxis()

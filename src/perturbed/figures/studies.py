@@ -23,13 +23,14 @@ from perturbed.figures.style import (
     title_of,
     write_undefined,
 )
-from perturbed.study_config import Comparison, Conditions, Denoising, Sweep
+from perturbed.study_config import TOP_EXPRESSED, Comparison, Conditions, Denoising, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 N_COLUMNS = 4
+_LABELS = {TOP_EXPRESSED: "Pearson Δ vs control, most expressed genes"}
 INTERVAL = "interval over genes and seeds"
 
 
@@ -52,7 +53,7 @@ def draw_comparison(table: pd.DataFrame, study: Comparison, titles: Mapping[str,
         rows = _rows(block, metrics[0])
         for axes, metric in zip(panels, metrics):
             _draw_comparison_panel(axes, block[block["metric"] == metric].set_index("method"), rows, study.methods)
-            axes.set_title(fill(label_metric(metric), 24), loc="left")
+            axes.set_title(fill(_LABELS.get(metric) or label_metric(metric), 24), loc="left")
         for axes in panels[len(metrics) :]:
             axes.set_visible(False)
         for axes in panels[::n_columns]:
@@ -133,23 +134,22 @@ def draw_conditions(table: pd.DataFrame, study: Conditions, titles: Mapping[str,
             points = here[here["method"] == method].dropna(subset=["x", "y"])
             look = look_of(method, methods)
             axes.plot(points["x"], points["y"], look.marker, ms=4, color=look.colour, alpha=0.75, mec="white", mew=0.3)
-            axes.set_title(title_of(method, titles), loc="left")
-            _mark_medians(axes, points)
+            _mark_medians(axes, points, title_of(method, titles))
         line[0].set_ylabel(f"{dataset} · {split}\n{label_metric(study.y)}")
     for axes in panels[-1]:
         axes.set_xlabel(label_metric(study.x))
     return figure
 
 
-def _mark_medians(axes: Axes, points: pd.DataFrame) -> None:
+def _mark_medians(axes: Axes, points: pd.DataFrame, title: str) -> None:
     if points.empty:
+        axes.set_title(title, loc="left")
         axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", style="italic", color=GREY)
         return
     x, y = points["x"].median(), points["y"].median()
     axes.axvline(x, color=GREY, lw=0.7, ls=":", zorder=0)
     axes.axhline(y, color=GREY, lw=0.7, ls=":", zorder=0)
-    note = f"n = {len(points)}\nmedians {x:.3g}, {y:.3g}"
-    axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=7.5, color=GREY)
+    axes.set_title(f"{title}\nn = {len(points)}, medians {x:.3g}, {y:.3g}", loc="left", fontsize=8.5)
 
 
 # --- sweep --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ def _draw_probe(path: Path, study: Study, titles: Mapping[str, str]) -> tuple[Fi
     from perturbed.figures.probes import draw
 
     table = _read(path)
-    return draw(table.replace({"method": dict(titles)})), table
+    parts = table["representation"].str.partition(", ")  # a method's name and, where it has several, which of them
+    named = parts[0].map(lambda name: titles.get(name, name)) + parts[1] + parts[2].str.replace("z_iota", "z_ι")
+    return draw(table.assign(representation=named)), table
 
 
 def _draw_identifiability(path: Path, study: Study, titles: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:

@@ -27,7 +27,10 @@ class Agreement(NamedTuple):
     high: float
     """Upper end."""
     p: float
-    """Share of label permutations with at least this cosine, counting the observed one (one-sided)."""
+    """Share of label permutations whose shift reaches at least as far along the flow, counting the observed one.
+
+    Not their cosine: where one direction holds most of the variance, a shift of permuted labels lies along it too, one
+    way or the other, however short it is."""
     null_mean: float
     """Mean cosine under permuted labels."""
     null_high: float
@@ -94,13 +97,15 @@ def compare_with_shift(
     rng = np.random.default_rng(seed)
     draws = np.array([_one_draw(control, treated, n_latent, rng) for _ in range(n_bootstrap)])
     observed = float(_agree(control.mean(axis=0), treated.mean(axis=0), n_latent))
-    null = np.empty(n_permutations)
+    reach = _reach(control.mean(axis=0), treated.mean(axis=0), n_latent)
+    null, null_reach = np.empty(n_permutations), np.empty(n_permutations)
     for i in range(n_permutations):
         shuffled = rng.permutation(labels)
-        null[i] = _agree(vectors[~shuffled].mean(axis=0), vectors[shuffled, :n_latent].mean(axis=0), n_latent)
+        means = vectors[~shuffled].mean(axis=0), vectors[shuffled, :n_latent].mean(axis=0)
+        null[i], null_reach[i] = _agree(*means, n_latent), _reach(*means, n_latent)
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(draws, [tail, 1 - tail]) if np.isfinite(observed) else (np.nan, np.nan)
-    p = (1 + (null >= observed).sum()) / (1 + n_permutations) if np.isfinite(observed) else np.nan
+    p = (1 + (null_reach >= reach).sum()) / (1 + n_permutations) if np.isfinite(observed) else np.nan
     return Agreement(
         observed,
         float(low),
@@ -116,6 +121,12 @@ def compare_with_shift(
 
 def _agree(control: np.ndarray, treated: np.ndarray, n_latent: int) -> np.ndarray:
     return cosine(control[n_latent:], treated - control[:n_latent])
+
+
+def _reach(control: np.ndarray, treated: np.ndarray, n_latent: int) -> float:
+    """Length of the shift along the unit flow."""
+    flow, shift = control[n_latent:], treated - control[:n_latent]
+    return float(flow @ shift / max(float(np.linalg.norm(flow)), np.finfo(float).tiny))
 
 
 def _one_draw(control: np.ndarray, treated: np.ndarray, n_latent: int, rng: np.random.Generator) -> float:

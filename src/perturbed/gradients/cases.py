@@ -96,6 +96,7 @@ def run_case(
 
 def _prepare(spec: GradientCase, method: Method, prepared: Path, split: Path, features: Path, seed: int) -> Case:
     decoder = decoder_of(method)
+    decoder.find(spec.genes)  # before any work
     cells = encode_cells(decoder, prepared, split, features)
     moves = [Move(tuple(move.targets), move.sign) for move in spec.moves]
     arrows = velocity(decoder, cells.encoded.mean, cells.encoded.context, moves, unit=spec.unit).numpy()

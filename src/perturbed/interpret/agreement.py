@@ -1,7 +1,8 @@
 """Do two fits find the same programs? Agreement of assignments and graphs, each beside what permutation gives.
 
 Latents come in no order and with no sign or scale, so that those of two fits are matched first: one to one, such that
-the sum of absolute correlations of their effects over the perturbed genes is largest (Hungarian algorithm).
+the sum of absolute correlations of their effects over the perturbed genes is largest (Hungarian algorithm). Programs,
+as sets of genes, are matched by their overlap. Either is done anew in every permutation, which therefore gains as much.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 METRICS = ("adjusted_rand", "jaccard", "effect_correlation", "edge_jaccard")
-"""`adjusted_rand` of the assignments of genes to their strongest latents; `jaccard` of matched programs' members, mean
-over programs with any; `effect_correlation`, mean absolute over matched latents; `edge_jaccard` of the pruned graphs,
-without direction."""
+"""`adjusted_rand` of the assignments of genes to their strongest latents; `jaccard` of matched programs' members;
+`effect_correlation`, mean absolute over matched latents; `edge_jaccard` of the pruned graphs, without direction."""
 
 
 def match_latents(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +49,25 @@ def correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def assign(effects: np.ndarray) -> np.ndarray:
     """Strongest latent of each perturbed gene (n_perturbed,); the first of equals."""
     return np.abs(effects).argmax(axis=1)
+
+
+def match_programs(first: np.ndarray, second: np.ndarray) -> float:
+    """Overlap of two assignments: programs matched one to one, such that the sum of their Jaccard indices is largest.
+
+    Parameters
+    ----------
+    first, second
+        Latent of each perturbed gene (n_perturbed,), in either fit.
+
+    Returns
+    -------
+    float
+        That sum over the number of programs of the fit that has more; 1 for the same partition.
+    """
+    one, two = (np.unique(labels)[:, None] == labels for labels in (first, second))
+    both = one.astype(float) @ two.T
+    jaccard = both / (one.sum(axis=1)[:, None] + two.sum(axis=1) - both)
+    return float(jaccard[linear_sum_assignment(-jaccard)].sum() / max(jaccard.shape))
 
 
 def compare(
@@ -90,14 +109,9 @@ def _agree(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 
     one, two = assign(first), assign(second)
     rows, columns = match_latents(first, second)
-    overlaps = []
-    for i, j in zip(rows, columns):
-        union = ((one == i) | (two == j)).sum()
-        if union:
-            overlaps.append(((one == i) & (two == j)).sum() / union)
     return {
         "adjusted_rand": float(adjusted_rand_score(one, two)),
-        "jaccard": float(np.mean(overlaps)),
+        "jaccard": match_programs(one, two),
         "effect_correlation": float(np.abs(correlate(first, second))[rows, columns].mean()),
     }
 

@@ -63,12 +63,12 @@ class EstimatorOptions(Section):
     """Learning rate; falls linearly to a hundredth."""
     batch_size: int = Field(256, ge=2)
     """Cells per step, each with its partner."""
-    steps: int = Field(2000, ge=1)
+    steps: int = Field(1000, ge=1)
     """Steps of each fit, whatever the number of cells."""
     warm_up: float = Field(0.1, ge=0, lt=1)
     """Share of the training over which KL terms and alignment are phased in."""
     restarts: int = Field(2, ge=1)
-    """Fits from other initial weights; the one with the lowest validation loss is kept. Never chosen by a score."""
+    """Fits with other random weights and draws; the lowest validation loss is kept, never the best score."""
 
 
 class IdentifiabilitySetting(Section):

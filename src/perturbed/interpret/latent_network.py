@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,6 +112,16 @@ class LatentVAE(nn.Module):
         self.log_noise = nn.Parameter(torch.full((n_inputs,), -1.0))
         conditions = torch.cat([torch.zeros(1, n_environments - 1), torch.eye(n_environments - 1)])
         self.register_buffer("conditions", conditions, persistent=False)
+
+    @torch.no_grad()
+    def start_at(self, encoder: np.ndarray, decoder: np.ndarray) -> None:
+        """Begin at a linear model: `z = encoder x`, `x = decoder z`; the MLPs add nothing yet."""
+        last = self.decoder[-1]
+        assert isinstance(last, nn.Linear)
+        for parameter in (*self.mean_head.parameters(), *last.parameters()):
+            nn.init.zeros_(parameter)
+        self.linear_encoder.weight.copy_(torch.from_numpy(encoder))
+        self.linear_decoder.weight.copy_(torch.from_numpy(decoder))
 
     def encode(self, x: Tensor, environment: Tensor) -> LatentPosterior:
         """Posterior of cells `x` (n_cells, n_inputs) of the environments (n_cells,)."""

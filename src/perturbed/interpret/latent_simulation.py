@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -51,7 +52,8 @@ class LatentWorld:
     """
 
     def __init__(self, options: LatentWorldOptions, seed: int) -> None:
-        self.options, self.seed = o, _ = options, seed
+        o = options
+        self.options, self.seed = options, seed
         rng = np.random.default_rng([seed, PARAMETERS])
         below = np.tril(np.ones((o.d_iota, o.d_iota)), -1)
         self.lambda_ii = _weights(rng, (o.d_iota, o.d_iota)) * below * (rng.random(below.shape) < o.edge_density)
@@ -79,7 +81,7 @@ class LatentWorld:
         o = self.options
         widths = [o.d_iota + o.d_nu, *[o.mixing_width] * (o.n_layers - 1), o.n_genes]
         layers = []
-        for n_in, n_out in zip(widths, widths[1:]):
+        for n_in, n_out in pairwise(widths):
             columns = np.linalg.qr(rng.normal(size=(n_out, n_in)))[0]
             layers.append((columns * np.sqrt(n_out / n_in), 0.3 * rng.normal(size=n_out)))
         return layers

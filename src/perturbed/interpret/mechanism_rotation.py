@@ -18,7 +18,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 TOLERANCE = 0.05
-"""Error of a slope, in conditional standard deviations, that is put down to imperfect unmixing however many the cells."""
+"""Error of a slope, in conditional standard deviations, that imperfect unmixing leaves however many the cells."""
 CAP = 20.0
 """A direction whose dependence on z_ι exceeds this many times its error variance is taken to have parents."""
 NOVELTY = (0.3, 0.1, 0.0)
@@ -205,7 +205,9 @@ def estimate_edges(
     orphaned
         For each latent the environments in which it has no parents; needed where `order` is unknown.
     """
-    covariances = [_residual_covariance(z_nu[environment == e], z_iota[environment == e]) for e in np.unique(environment)]
+    covariances = [
+        _residual_covariance(z_nu[environment == e], z_iota[environment == e]) for e in np.unique(environment)
+    ]
     covariance = np.array(covariances)
     d_nu = z_nu.shape[1]
     if order is None:

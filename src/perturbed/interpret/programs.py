@@ -156,9 +156,7 @@ def read_programs(path: Path) -> Programs:
     """
     method = load_model(path)
     if not isinstance(method, PerturbedVAE):
-        raise MethodError(
-            f"{path}: a {type(method).__name__} has no response latents with a graph; give a PerturbedVAE"
-        )
+        raise MethodError(f"{path}: {type(method).__name__} has no graph of response latents; give a PerturbedVAE")
     return extract(method, int(json.loads((path / "config.json").read_text())["extra"].get("seed", 0)))
 
 

@@ -20,7 +20,9 @@ def number_conditions(data: TrainingData, conditions: list[tuple[str, str]]) -> 
     return np.array([place[key] for key in zip(map(str, data.perturbation), map(str, data.context))], dtype=np.int64)
 
 
-def summarise(data: TrainingData) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str]], sparse.csr_matrix]:
+def summarise(
+    data: TrainingData,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, str]], sparse.csr_matrix]:
     """Mean profile and number of cells of every condition, with the condition of each cell.
 
     Returns

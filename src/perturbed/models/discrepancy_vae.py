@@ -231,7 +231,7 @@ class DiscrepancyVAE(Method):
         for key, value in state.items():
             part, _, name = key.partition(".")
             parts[part][name] = value
-        self.module = self._build(parts["module"].get("encoder.mask"))
+        self.module = self._build(parts["module"].get("encoder.0.mask"))
         self.module.load_state_dict(parts["module"])
         self.module.eval()
         self._control = parts["control"]

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perturbed.models.cells import Batch
+from perturbed.models.nn.mlp import ACTIVATIONS, MLP, build_mlp
 from perturbed.models.nn.mmd import gaussian_mmd
 
-SLOPE = 0.2
-"""Negative slope of every LeakyReLU."""
 VARIANCE_FLOOR = 1e-6
 """Keeps log variance finite in float32."""
 
@@ -137,22 +136,22 @@ class DiscrepancyVAEModule(nn.Module):
         self, n_genes: int, n_perturbed: int, n_latent: int, n_hidden: int, mask: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.encoder = nn.Linear(n_genes, n_hidden) if mask is None else GeneSetLinear(mask)
-        self.posterior = nn.Linear(self.encoder.out_features, 2 * n_latent)
+        first = nn.Linear(n_genes, n_hidden) if mask is None else GeneSetLinear(mask)
+        posterior = nn.Linear(first.out_features, 2 * n_latent)
+        self.encoder = MLP(first, ACTIVATIONS["leaky_relu"](), posterior)
         self.graph = nn.Parameter(0.1 * torch.randn(n_latent, n_latent))
         self.target_in = nn.Linear(n_perturbed, n_hidden)
         self.target_out = nn.Linear(n_hidden, n_latent)
         self.strength = nn.Parameter(torch.ones(n_perturbed))
-        self.decoder_in = nn.Linear(n_latent, n_hidden)
-        self.decoder_out = nn.Linear(n_hidden, n_genes)
-        narrow = [self.posterior, self.decoder_in, self.decoder_out] + ([self.encoder] if mask is None else [])
-        for layer in narrow:  # as published: output near 0 at the start
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-            nn.init.zeros_(layer.bias)
+        self.decoder = build_mlp((n_latent, n_hidden, n_genes), last=True)
+        for layer in (first, posterior, *self.decoder):  # as published: output near 0 at the start
+            if type(layer) is nn.Linear:
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+                nn.init.zeros_(layer.bias)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance of the exogenous latents of cells (n_cells, n_latent)."""
-        mean, raw = self.posterior(F.leaky_relu(self.encoder(x), SLOPE)).chunk(2, dim=1)
+        mean, raw = self.encoder(x).chunk(2, dim=1)
         return mean, F.softplus(raw) + VARIANCE_FLOOR
 
     def targets(self, perturbed: Tensor, temperature: float) -> Tensor:
@@ -166,8 +165,9 @@ class DiscrepancyVAEModule(nn.Module):
             Factor on the logits: 0 spreads a perturbation over all latents, a large one picks one latent.
         """
         # the first layer of a one-hot vector is one column of its weights
-        hidden = F.leaky_relu(self.target_in.weight[:, perturbed].T + self.target_in.bias, SLOPE)
-        return torch.softmax(self.target_out(hidden) * temperature, dim=1)
+        hidden = F.leaky_relu(self.target_in.weight[:, perturbed].T + self.target_in.bias, 0.2)
+        logits = self.target_out(hidden).to(hidden.dtype)  # autocast may have multiplied in less
+        return torch.softmax(logits * temperature, dim=1)
 
     def shift(self, conditions: Tensor, temperature: float) -> Tensor:
         """What conditions add to the exogenous latents: the sum of their genes' shifts (n_conditions, n_latent).
@@ -181,7 +181,7 @@ class DiscrepancyVAEModule(nn.Module):
         """
         used = torch.nonzero(conditions.any(0)).ravel()
         single = self.targets(used, temperature) * self.strength[used].unsqueeze(1)
-        return conditions[:, used] @ single
+        return (conditions[:, used] @ single).to(single.dtype)
 
     def causal(self, z: Tensor) -> Tensor:
         """Causal latents `u = z (I − triu(G, 1))⁻¹` by a triangular solve (n_cells, n_latent)."""
@@ -191,8 +191,7 @@ class DiscrepancyVAEModule(nn.Module):
 
     def decode(self, u: Tensor) -> Tensor:
         """Cells from causal latents (n_cells, n_genes)."""
-        hidden = F.leaky_relu(self.decoder_in(u), SLOPE)
-        return F.leaky_relu(self.decoder_out(hidden), SLOPE)
+        return self.decoder(u)
 
     def loss(self, batch: Batch, noise: Tensor, weights: Weights, bandwidths: Sequence[float]) -> LossTerms:
         """`α MMD(perturbed cells, intervened control cells) + MSE(control cells) + β KL + λ ‖triu(G, 1)‖₁`.

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MOST_GENES = 2
 """GEARS names a condition by one or two genes."""
+N_DRAWN = 300
+"""Control cells that the package draws for a prediction, and puts through its network as one batch."""
 
 
 class GearsParams(Section):
@@ -63,8 +65,12 @@ class Gears(Method):
     """GEARS (Roohani et al. 2023).
 
     A perturbed gene's embedding is averaged over a graph of genes, so that genes never perturbed can be predicted, if
-    the graph has them. The prediction is `x + f(genes)`: f does not depend on the control cell x, so the mean over
+    the graph has them. The prediction is `x + f(genes)`: f does not depend on the control cell x, so that the mean over
     control cells is taken exactly, where the package averages 300 cells drawn with replacement.
+
+    The package's co-expression graph reaches the first cell of each batch only, in training as in prediction, since its
+    edges are never repeated for the others. What is predicted here is the package's own mean, of one such cell and 299
+    without.
     """
 
     Params = GearsParams
@@ -112,7 +118,7 @@ class Gears(Method):
         self._nodes = tuple(sorted(set(graph["source"]) | set(graph["target"])))
         keep = _on_graph(data.perturbation, self._nodes)
         gears = import_gears()
-        with _seeded(run.seed), _series_with_nonzero(), tempfile.TemporaryDirectory(prefix="gears-") as folder:
+        with _seeded(run.seed), _as_the_package_needs(), tempfile.TemporaryDirectory(prefix="gears-") as folder:
             cells = _PertCells(gears, data, keep, self._nodes, Path(folder), self.params.batch_size, run.seed)
             trainer = gears.GEARS(cells.pert_data, device=run.device)
             go_edges, go_weights = graph_tensors(graph, self._nodes)
@@ -163,8 +169,9 @@ class Gears(Method):
             return {"mean": control.numpy()}
         from torch_geometric.data import Batch, Data  # type: ignore[import-not-found, unused-ignore]
 
-        cell = Data(x=control.unsqueeze(1), pert_idx=[self._nodes.index(gene) for gene in genes])
-        mean = self._restored()(Batch.from_data_list([cell]))[0]
+        cell = Data(x=control.unsqueeze(1), pert_idx=[self._nodes.index(gene) for gene in sorted(genes)])
+        first, other = self._restored()(Batch.from_data_list([cell, cell]))
+        mean = (first.double() + (N_DRAWN - 1) * other.double()) / N_DRAWN
         return {"mean": mean.numpy().astype(np.float32)}
 
     def _restored(self) -> Any:
@@ -383,13 +390,15 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _series_with_nonzero() -> Iterator[None]:
-    """Give pandas' Series the method through which scipy, since 1.15, reads a mask; the package indexes with Series."""
-    if hasattr(pd.Series, "nonzero"):
-        yield
-        return
+def _as_the_package_needs() -> Iterator[None]:
+    """Lend pandas' Series the method through which scipy, since 1.15, reads a mask: the package indexes with Series.
+
+    Its warnings about its own age are kept from the log meanwhile.
+    """
     pd.Series.nonzero = lambda series: series.to_numpy().nonzero()  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         del pd.Series.nonzero  # type: ignore[attr-defined]

@@ -13,10 +13,8 @@ from itertools import combinations, product
 
 import numpy as np
 
-SHARES = (0.0, 0.03, 0.1, 0.3, 1.0)
-"""Signal-to-noise ratios of each kernel that are tried."""
-RIDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the fitted curvature that are tried."""
+SHARES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Signal-to-noise ratios of each kernel that are averaged over."""
 
 
 def curvature(effects: np.ndarray) -> np.ndarray:
@@ -36,11 +34,20 @@ def curvature(effects: np.ndarray) -> np.ndarray:
     return np.stack([total, even, odd])
 
 
-def saturate_norm(total: np.ndarray, strength: float, unit: float) -> np.ndarray:
-    """`s / (1 + strength · ‖s‖ / unit)`: the sum of effects, shortened the more the longer it is (..., n_genes)."""
-    if not unit > 0:
-        return total
-    return np.asarray(total / (1 + strength * np.linalg.norm(total, axis=-1, keepdims=True) / unit))
+def saturate_norm(total: np.ndarray, exponent: float, unit: float) -> np.ndarray:
+    """`s (‖s‖ / unit)^(−exponent)`: a response that grows as a power below 1 of the summed effects (..., n_genes).
+
+    Parameters
+    ----------
+    total
+        Summed effects s.
+    exponent
+        0 leaves the sum as it is.
+    unit
+        Size at which it is left as it is, > 0.
+    """
+    norm = np.linalg.norm(total, axis=-1, keepdims=True)
+    return np.asarray(total * np.where(norm > 0, norm / unit, 1.0) ** -exponent)
 
 
 def shared_kernel(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.ndarray:
@@ -77,20 +84,28 @@ class Interaction:
     slope
         Weights of `curvature` (3,).
     share
-        Weights of the shared-gene and of the product kernel (2,), over the noise.
+        Posterior mean signal-to-noise ratio of the shared-gene and of the product kernel (2,).
     weights
-        `(K + I)⁻¹ R` (n_combinations, n_genes).
+        For each kernel the weights that its values are multiplied with, averaged over ratios: `share · (K + I)⁻¹ R`
+        (2, n_combinations, n_genes).
     """
 
     slope: np.ndarray
     share: np.ndarray
     weights: np.ndarray
 
+    def predict(self, terms: np.ndarray, kernels: np.ndarray) -> np.ndarray:
+        """Interaction of a combination (n_genes,) from its `curvature` (3, n_genes) and kernel values (2, n)."""
+        return np.asarray(self.slope @ terms + np.einsum("kn,kng->g", kernels, self.weights))
 
-def fit_interaction(
-    terms: np.ndarray, kernels: np.ndarray, residual: np.ndarray, observed: np.ndarray
-) -> Interaction:
-    """Curvature and kernel weights by leave-one-combination-out squared error, all in closed form.
+
+def fit_interaction(terms: np.ndarray, kernels: np.ndarray, residual: np.ndarray) -> Interaction:
+    """Empirical Bayes in closed form: curvature shrunk by left-out combinations, kernels averaged by their evidence.
+
+    The least-squares weights of the curvature are multiplied by the share, between 0 and 1, that best predicts each
+    combination from the others. What is left is matrix normal, `R ~ MN(0, K + I, τ²C)`, with K the weighted sum of
+    kernels; ratios on a grid are weighed by their marginal likelihood with τ profiled out. Genes are correlated: the
+    number of independent columns is taken as the participation ratio of `R Rᵀ`.
 
     Parameters
     ----------
@@ -100,40 +115,37 @@ def fit_interaction(
         The two kernels among them (2, n, n).
     residual
         Denoised effect minus the prior's (n, n_genes).
-    observed
-        The same, not denoised: what left-out predictions are judged by (n, n_genes).
     """
-    n = len(residual)
+    slope = _fit_curvature(terms, residual)
+    rest = residual - np.einsum("k,nkg->ng", slope, terms)
+    n, gram = len(rest), rest @ rest.T
+    if not np.trace(gram) > 0:
+        return Interaction(slope, np.zeros(2), np.zeros((2, *rest.shape)))
+    columns = float(np.trace(gram) ** 2 / (gram**2).sum())
+    ratios = np.array(list(product(SHARES, SHARES)))
+    inverses = np.linalg.inv(np.tensordot(ratios, kernels, 1) + np.eye(n))
+    scale = np.einsum("kij,ij->k", inverses, gram)
+    evidence = 0.5 * columns * (np.linalg.slogdet(inverses)[1] - n * np.log(scale))
+    posterior = np.exp(evidence - evidence.max())
+    posterior /= posterior.sum()
+    weights = np.einsum("k,kc,kij->cij", posterior, ratios, inverses) @ rest
+    return Interaction(slope, posterior @ ratios, weights)
+
+
+def _fit_curvature(terms: np.ndarray, residual: np.ndarray) -> np.ndarray:
     gram = np.einsum("nkg,nlg->nkl", terms, terms)
     cross = np.einsum("nkg,ng->nk", terms, residual)
-    full = _ridge(gram.sum(axis=0), cross.sum(axis=0))
-    left = np.stack([_ridge(gram.sum(axis=0) - gram[i], cross.sum(axis=0) - cross[i]) for i in range(n)])
-    best: tuple[float, np.ndarray, np.ndarray, np.ndarray] | None = None
-    for ridge in RIDGES:
-        fitted = np.einsum("k,nkg->ng", ridge * full, terms)
-        gap = observed - ridge * np.einsum("nk,nkg->ng", left, terms)
-        rest = residual - fitted
-        inner = rest @ rest.T
-        both = gap @ rest.T
-        gap_square = float((gap**2).sum())
-        for shared, bilinear in product(SHARES, SHARES):
-            hat = _leave_one_out(shared * kernels[0] + bilinear * kernels[1])
-            error = gap_square - 2 * float((hat * both).sum()) + float(np.einsum("ij,jk,ik->", hat, inner, hat))
-            if best is None or error < best[0] * (1 - 1e-9):
-                best = (error, ridge * full, np.array([shared, bilinear]), rest)
-    assert best is not None
-    _, slope, share, rest = best
-    weights = np.linalg.solve(np.tensordot(share, kernels, 1) + np.eye(n), rest)
-    return Interaction(slope, share, weights)
+    total, right = gram.sum(axis=0), cross.sum(axis=0)
+    left_out = np.stack([_solve(total - own, right - part) for own, part in zip(gram, cross)])
+    agreement = float(np.einsum("nk,nk->", left_out, cross))
+    size = float(np.einsum("nk,nkl,nl->", left_out, gram, left_out))
+    share = np.clip(agreement / size, 0.0, 1.0) if size > 0 else 0.0
+    return np.asarray(share * _solve(total, right))
 
 
-def _ridge(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
-    """Least squares with a floor that keeps collinear terms from running away."""
-    scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))
-    return np.asarray(np.linalg.solve(gram / np.outer(scale, scale) + 1e-3 * np.eye(len(gram)), cross / scale) / scale)
-
-
-def _leave_one_out(kernel: np.ndarray) -> np.ndarray:
-    """Hat matrix (n, n), zero diagonal: row i predicts i from the others, `I − diag(1/A_ii) A`, `A = (K + I)⁻¹`."""
-    inverse = np.linalg.inv(kernel + np.eye(len(kernel)))
-    return np.asarray(np.eye(len(kernel)) - inverse / np.diag(inverse)[:, None])
+def _solve(gram: np.ndarray, cross: np.ndarray) -> np.ndarray:
+    """Least squares with a small ridge on scaled terms, which keeps collinear ones from running away."""
+    scale = np.sqrt(np.diag(gram))
+    scale = np.where(scale > 0, scale, 1.0)
+    system = gram / np.outer(scale, scale) + 1e-3 * np.eye(len(gram))
+    return np.asarray(np.linalg.solve(system, cross / scale) / scale)

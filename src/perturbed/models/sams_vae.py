@@ -14,8 +14,8 @@ class SAMSVAE(SparseShiftVAE):
     """Sparse additive mechanism shift VAE.
 
     `z = z_basal + Σ_t m_t ⊙ e_t` over the perturbed genes t of a cell, `x ~ p(x | z)`. A combination is predicted by
-    decoding the basal latents of control cells plus the sum of its genes' shifts. The published evaluation draws
-    z_basal from its prior instead; control cells carry the context, and the depth for a count likelihood.
+    decoding basal latents, drawn from their prior as published or from the posterior of control cells, plus the sum of
+    its genes' shifts.
     """
 
     Params = SAMSVAEParams

@@ -139,7 +139,7 @@ class Sena(DiscrepancyVAE):
             Log-normalised expression on `genes`, CSR (n_cells, n_genes).
         """
         parts = np.array_split(np.arange(X.shape[0]), max(1, -(-X.shape[0] // CHUNK)))
-        return torch.cat([self.module.encoder(dense_rows(X, part)) for part in parts]).numpy()
+        return torch.cat([self.module.encoder[0](dense_rows(X, part)) for part in parts]).numpy()
 
     @property
     def gene_sets(self) -> tuple[str, ...]:

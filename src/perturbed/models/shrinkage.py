@@ -6,6 +6,7 @@ with Σ the covariance of cells *within* conditions, which replicate cells measu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ FLOOR = 1e-4
 """Smallest variance of a gene, as a share of the mean over genes: a gene without any noise would weigh infinitely."""
 SCALES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0])
 """Standard deviations of the mixture's components, in units of the noise (a grid, as in Stephens 2017)."""
+LEVELS = (0.8, 0.9, 1.0, 1.1, 1.2)
+"""Noise levels that `denoise` averages over, in units of the measured one."""
 N_BINS = 512
 N_STEPS = 200
 
@@ -157,16 +160,20 @@ def shrink_singular_values(values: np.ndarray, shape: tuple[int, int], noise: fl
 
 def shrink_low_rank(matrix: np.ndarray, noise: float) -> np.ndarray:
     """`matrix` with its singular values shrunk for white noise of standard deviation `noise`."""
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    shrunk = shrink_singular_values(s, matrix.shape, noise)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    square, vectors = np.linalg.eigh(wide @ wide.T)  # of the short side: small beside a full decomposition
+    values = np.sqrt(np.maximum(square, 0))
+    shrunk = shrink_singular_values(values, wide.shape, noise)
     kept = shrunk > 0
-    return np.asarray((u[:, kept] * shrunk[kept]) @ vt[kept])
+    u = vectors[:, kept]
+    low = (u * (shrunk[kept] / values[kept])) @ (u.T @ wide)
+    return np.asarray(low if wide is matrix else low.T)
 
 
 def shrink_mixture(matrix: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    r"""Posterior mean of entries under a scale mixture of normals fitted to them all (Stephens 2017, Biostatistics 18:275).
+    r"""Posterior mean of entries under a scale mixture of normals fitted to them all (Stephens 2017, Biostatistics 18).
 
-    :math:`x \sim N(\theta, s^2)`, :math:`\theta/s \sim \sum_k \pi_k N(0, \tau_k^2)` with τ on a fixed grid that holds 0;
+    :math:`x \sim N(\theta, s^2)`, :math:`\theta/s \sim \sum_k \pi_k N(0, \tau_k^2)`, τ on a fixed grid that holds 0;
     π by expectation–maximisation on the histogram of |x|/s, in 512 bins, which makes the cost independent of the size.
 
     Parameters
@@ -178,7 +185,9 @@ def shrink_mixture(matrix: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """
     z = np.abs(matrix / noise)
     top = max(float(z.max(initial=0.0)), 1.0)
-    edges = np.concatenate([np.linspace(0, min(8.0, top), N_BINS // 2), np.geomspace(8.0, max(top, 8.1), N_BINS // 2)[1:]])
+    edges = np.concatenate(
+        [np.linspace(0, min(8.0, top), N_BINS // 2), np.geomspace(8.0, max(top, 8.1), N_BINS // 2)[1:]]
+    )
     edges = np.unique(np.append(edges, top))
     weight = np.histogram(z, edges)[0].astype(np.float64)
     centre = (edges[:-1] + edges[1:]) / 2
@@ -200,12 +209,20 @@ def shrink_positive_part(matrix: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 
 def denoise(
-    matrix: np.ndarray, n_cells: np.ndarray, noise: Noise, *, whitening: float = 0.5, n_rounds: int = 5
+    matrix: np.ndarray,
+    n_cells: np.ndarray,
+    noise: Noise,
+    *,
+    whitening: float = 0.5,
+    n_rounds: int = 5,
+    levels: Sequence[float] = LEVELS,
 ) -> np.ndarray:
     """Low rank plus sparse: what programs explain by singular values, what single genes do by a normal mixture.
 
-    The two are fitted in turns, each to what the other leaves: `L ← shrink_low_rank(B − S)`, `S ← shrink_mixture(B − L)`.
-    Rows are first scaled to the noise of a common number of cells.
+    The two are fitted in turns, each to what the other leaves: L to B − S by `shrink_low_rank`, S to B − L by
+    `shrink_mixture`. Rows are first scaled to the noise of a common number of cells. Half-whitened noise is white on average only, so
+    that no single level is right for every direction: the estimate is the mean over `levels`, which makes the hard
+    threshold of the singular values a soft one.
 
     Parameters
     ----------
@@ -220,6 +237,8 @@ def denoise(
         that is to be small.
     n_rounds
         Turns.
+    levels
+        Noise levels to average over, in units of the measured one.
 
     Returns
     -------
@@ -228,11 +247,14 @@ def denoise(
     """
     common = float(np.exp(np.mean(np.log(n_cells))))
     scale = np.sqrt(n_cells / common)[:, None]
-    level = np.sqrt(noise.mean_variance(whitening) / common)
-    sd = np.sqrt(noise.variance / common)
     scaled = matrix * scale
-    low = sparse_part = np.zeros_like(scaled)
-    for _ in range(n_rounds):
-        low = noise.colour(shrink_low_rank(noise.whiten(scaled - sparse_part, whitening), level), whitening)
-        sparse_part = shrink_mixture(scaled - low, sd)
-    return np.asarray((low + sparse_part) / scale)
+    unit = np.sqrt(noise.mean_variance(whitening) / common)
+    sd = np.sqrt(noise.variance / common)
+    total = np.zeros_like(scaled)
+    for level in levels:
+        low = rest = np.zeros_like(scaled)
+        for _ in range(n_rounds):
+            low = noise.colour(shrink_low_rank(noise.whiten(scaled - rest, whitening), unit * level), whitening)
+            rest = shrink_mixture(scaled - low, sd)
+        total += low + rest
+    return np.asarray(total / (len(levels) * scale))

@@ -1,4 +1,4 @@
-"""`shrunk_interaction`: a linear structural model of populations, every part shrunk by what the data say of its noise."""
+"""`shrunk_interaction`: a linear structural model of populations, each part shrunk by what the data say of its noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from perturbed.config import Section
 from perturbed.models.base import FitRun, TrainingData
@@ -19,16 +19,16 @@ from perturbed.models.interaction import (
     saturate_norm,
     shared_kernel,
 )
-from perturbed.models.shrinkage import denoise, measure_noise
-from perturbed.names import genes_of
+from perturbed.models.shrinkage import LEVELS, denoise, measure_noise
+from perturbed.names import CONTROL, genes_of
 
 
 class ShrunkInteractionParams(Section):
     """Hyper-parameters."""
 
-    saturation: float = Field(0.066, ge=0)
-    """Prior sub-additivity: the sum s of effects is divided by 1 + saturation · ‖s‖ / (root mean square of the single
-    effects' norms). 0 makes unseen combinations additive."""
+    saturation: float = Field(0.2, ge=0, lt=1)
+    """Prior sub-additivity γ: the sum s of effects is multiplied by (‖s‖ / unit)^−γ, where the unit is the root mean
+    square of the single effects' norms. 0 makes unseen combinations additive."""
     whitening: float = Field(0.5, ge=0, le=1)
     """Power of the noise covariance in which singular values are shrunk: 1 full whitening, 0 none."""
     n_noise_factors: int = Field(20, ge=0)
@@ -36,8 +36,12 @@ class ShrunkInteractionParams(Section):
     independent."""
     n_rounds: int = Field(5, ge=1)
     """Turns between the low-rank and the gene-wise part of the denoising."""
-    min_combinations: int = Field(8, ge=3)
-    """Training combinations, all of whose genes were perturbed alone too, below which no interaction is learnt."""
+    noise_levels: tuple[PositiveFloat, ...] = Field(LEVELS, min_length=1)
+    """Noise levels, in units of the measured one, that the denoising averages over."""
+    denoise_control: bool = True
+    """Whether the control is denoised with the perturbations, or stays the mean of its cells."""
+    learn_interaction: bool = True
+    """Whether combinations in training teach the interaction, or the prior stands alone."""
 
 
 class ShrunkInteraction(DenoisedEffects):
@@ -62,51 +66,64 @@ class ShrunkInteraction(DenoisedEffects):
             rows = [i for i, (_, where) in enumerate(conditions) if where == context]
             centre[rows] = means[rows].mean(axis=0)
         shrunk = denoise(
-            means - centre, count, noise, whitening=self.params.whitening, n_rounds=self.params.n_rounds
+            means - centre,
+            count,
+            noise,
+            whitening=self.params.whitening,
+            n_rounds=self.params.n_rounds,
+            levels=self.params.noise_levels,
         )
-        self._set(centre + shrunk, conditions, tuple(data.genes))
-        self._learn(means, conditions)
+        profiles = centre + shrunk
+        if not self.params.denoise_control:
+            control = [i for i, (perturbation, _) in enumerate(conditions) if perturbation == CONTROL]
+            profiles[control] = means[control]
+        self._set(profiles, conditions, tuple(data.genes))
+        self._learn()
 
-    def _learn(self, means: np.ndarray, conditions: list[tuple[str, str]]) -> None:
-        background = dict(zip(self._contexts, self._background))
-        seen: dict[str, list[np.ndarray]] = {}
-        for mean, (perturbation, context) in zip(means, conditions):
-            seen.setdefault(perturbation, []).append(mean - background[context])
-        names = [name for name in self._names if len(genes_of(name)) > 1 and all(g in self._row for g in genes_of(name))]
-        self._learnt: tuple[str, ...] = ()
-        self._interaction = Interaction(np.zeros(3), np.zeros(2), np.zeros((0, len(self._genes))))
-        if len(names) < self.params.min_combinations:
+    def _learn(self) -> None:
+        """Fit the interaction to the training combinations all of whose genes were perturbed alone too."""
+        self._learnt = tuple(
+            name
+            for name in self._names
+            if self.params.learn_interaction
+            and len(genes_of(name)) > 1
+            and all(gene in self._row for gene in genes_of(name))
+        )
+        self._prepare()
+        if not self._learnt:
+            self._interaction = Interaction(np.zeros(3), np.zeros(2), np.zeros((2, 0, len(self._genes))))
             return
-        members = [self._members(name) for name in names]
-        prior = np.stack([self._prior(rows) for rows in members])
-        denoised = self._effect[[self._row[name] for name in names]] - prior
-        observed = np.stack([np.mean(seen[name], axis=0) for name in names]) - prior
-        terms = np.stack([curvature(self._effect[rows]) for rows in members])
-        similarity = self._similarity()
-        kernels = np.stack([shared_kernel(members, members), product_kernel(members, members, similarity)])
-        self._learnt, self._interaction = tuple(names), fit_interaction(terms, kernels, denoised, observed)
+        residual = self._effect[[self._row[name] for name in self._learnt]] - np.stack(
+            [self._prior(rows) for rows in self._combinations]
+        )
+        terms = np.stack([curvature(self._effect[rows]) for rows in self._combinations])
+        kernels = np.stack([self._kernels(rows) for rows in self._combinations], axis=1)
+        self._interaction = fit_interaction(terms, kernels, residual)
 
-    def _prior(self, rows: np.ndarray) -> np.ndarray:
-        singles = [i for name, i in self._row.items() if len(genes_of(name)) == 1]
-        unit = float(np.sqrt((self._effect[singles] ** 2).sum(axis=1).mean()))
-        return saturate_norm(self._effect[rows].sum(axis=0), self.params.saturation, unit)
-
-    def _similarity(self) -> np.ndarray:
+    def _prepare(self) -> None:
+        """Everything that effects and names decide."""
         norm = np.linalg.norm(self._effect, axis=1)
         unit = self._effect / np.where(norm > 0, norm, 1.0)[:, None]
-        return np.asarray(unit @ unit.T)
+        self._similarity = unit @ unit.T
+        single = np.array([len(genes_of(name)) == 1 for name in self._names], dtype=bool)
+        size = float(np.sqrt((norm[single] ** 2).mean())) if single.any() else 0.0
+        self._unit = size if size > 0 else 1.0
+        self._combinations = [self._members(name) for name in self._learnt]
+
+    def _prior(self, rows: np.ndarray) -> np.ndarray:
+        return saturate_norm(self._effect[rows].sum(axis=0), self.params.saturation, self._unit)
+
+    def _kernels(self, rows: np.ndarray) -> np.ndarray:
+        """Values of both kernels against the learnt combinations (2, n)."""
+        shared = shared_kernel([rows], self._combinations)
+        return np.vstack([shared, product_kernel([rows], self._combinations, self._similarity)])
 
     def _combine(self, perturbation: str) -> np.ndarray:
         rows = self._members(perturbation)
-        effect = self._prior(rows) + self._interaction.slope @ curvature(self._effect[rows])
-        if not self._learnt:
-            return np.asarray(effect)
-        members = [self._members(name) for name in self._learnt]
-        shared, bilinear = self._interaction.share
-        kernel = shared * shared_kernel([rows], members) + bilinear * product_kernel(
-            [rows], members, self._similarity()
-        )
-        return np.asarray(effect + (kernel @ self._interaction.weights)[0])
+        effect = self._prior(rows)
+        if self._learnt:
+            effect = effect + self._interaction.predict(curvature(self._effect[rows]), self._kernels(rows))
+        return np.asarray(effect)
 
     def state(self) -> dict[str, Any]:
         """Backgrounds, effects and the interaction, float64."""
@@ -121,4 +138,5 @@ class ShrunkInteraction(DenoisedEffects):
         """Restore what `state` and `meta` returned."""
         super().load_state(state, meta)
         self._learnt = tuple(meta["learnt"])
+        self._prepare()
         self._interaction = Interaction(*(np.asarray(state[key]) for key in ("slope", "share", "weights")))

@@ -41,10 +41,13 @@ class SparseShiftOptions(TrainingOptions):
     max_steps: int | None = Field(30_000, ge=1)
     """Stop after so many steps (published: 30,000)."""
     warm_up_epochs: int = Field(0, ge=0)
-    """Epochs over which both divergences rise to their full weight. Helps small data, where latents otherwise collapse
-    before the decoder uses them."""
+    """Epochs over which both divergences rise to their full weight (published: 0). Meanwhile latents carry an effect at
+    no cost and are slow to hand it to the shift; raise it only where all latents collapse."""
+    start_from: Literal["prior", "control"] = "prior"
+    """Latents that predictions shift: those of the `prior` N(0, I), as published, or the posterior of the context's
+    `control` cells, which follows the context; data of several contexts need the latter."""
     n_control: int = Field(2000, ge=1)
-    """Control cells kept per context as starting points of predictions."""
+    """Control cells kept per context: as starting points of predictions, and for the depth of predicted counts."""
     predict: Literal["sample", "mean"] = "sample"
     """Predicted mean as the average of cells decoded from sampled latents, or decoded from latent means. The decoder is
     trained on samples, and between them it is not quite linear."""
@@ -68,6 +71,23 @@ class SparseShiftVAE(Method):
         self._perturbed: tuple[str, ...] = ()
         self._contexts: tuple[str, ...] = ()
         self._control: dict[str, Tensor] = {}
+
+    def check(self, data: TrainingData) -> None:
+        """Refuse data the method cannot run on.
+
+        Raises
+        ------
+        MethodError
+            As for every method, and if predictions start from the prior where there are several contexts: all contexts
+            would be predicted alike.
+        """
+        super().check(data)
+        contexts = sorted(set(data.context))
+        if len(contexts) > 1 and self.params.start_from == "prior":
+            raise MethodError(
+                f"{self.title} starts from the prior, which knows none of the {len(contexts)} contexts; set "
+                "`start_from: control` in method_params"
+            )
 
     @abstractmethod
     def build_module(self, n_genes: int, n_perturbed: int) -> SparseShiftModule:
@@ -211,8 +231,9 @@ class SparseShiftVAE(Method):
         return np.asarray(total / len(rows), dtype=np.float32)
 
     def start(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sd of the unperturbed latents that predictions of control cells `rows` start from."""
-        return self._control["mean"][rows], self._control["sd"][rows]
+        """Mean and sd of the unperturbed latents that predictions in place of control cells `rows` start from."""
+        mean, sd = self._control["mean"][rows], self._control["sd"][rows]
+        return (torch.zeros_like(mean), torch.ones_like(sd)) if self.params.start_from == "prior" else (mean, sd)
 
     def _decode(self, genes: list[int], rows: Tensor, random: Random | None) -> Tensor:
         """Decode control cells `rows` as if perturbed: at latent means, or sampled where `random` is given."""

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
-
 from perturbed.models.sparse_shift import SparseShiftOptions, SparseShiftVAE
 from perturbed.models.sparse_shift_module import SVAEPlusArchitecture, SVAEPlusModule
 
 
 class SVAEPlusParams(SVAEPlusArchitecture, SparseShiftOptions):
     """Hyper-parameters of sVAE+; those of its comparison in the SAMS-VAE paper where they are known."""
-
-    start_from: Literal["prior", "control"] = "prior"
-    """Latents that predictions shift: those of the `prior` N(0, I), as the model is written, or the posterior of the
-    context's `control` cells, which follows the context; take it for data of several contexts."""
 
 
 class SVAEPlus(SparseShiftVAE):
@@ -33,8 +24,3 @@ class SVAEPlus(SparseShiftVAE):
     def build_module(self, n_genes: int, n_perturbed: int) -> SVAEPlusModule:
         """The untrained network."""
         return SVAEPlusModule(n_genes, n_perturbed, self.params)
-
-    def start(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sd of the unperturbed latents: standard normal, or the posterior of the control cells `rows`."""
-        mean, sd = super().start(rows)
-        return (torch.zeros_like(mean), torch.ones_like(sd)) if self.params.start_from == "prior" else (mean, sd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,15 +84,43 @@ def nb_loss(counts: Counts, log_mean: Tensor, log_theta: Tensor, reduction: Redu
         `mean` or `sum` over genes.
     """
     n_cells, n_genes = log_mean.shape
-    odds = log_mean - log_theta
-    soft = F.softplus(odds)
-    theta = torch.exp(log_theta)
-    k = counts.value
-    theta_at = theta[counts.position % n_genes]
-    d, s = odds.reshape(-1)[counts.position], soft.reshape(-1)[counts.position]
-    on_nonzero = torch.lgamma(k + theta_at) - torch.lgamma(theta_at) - torch.lgamma(k + 1) + k * (d - s)
-    log_likelihood = on_nonzero.sum() - (soft @ theta).sum()
+    log_likelihood: Tensor = _NBLogLikelihood.apply(counts.position, counts.value, log_mean, log_theta)
     return -log_likelihood / (n_cells * (n_genes if reduction == "mean" else 1))
+
+
+class _NBLogLikelihood(torch.autograd.Function):
+    """Sum of the log-likelihood with its gradient written out.
+
+    With σ = sigmoid(d): `∂/∂log m = k − (k + θ) σ`, and `∂/∂log θ = θ (ψ(k + θ) − ψ(θ) + σ − softplus(d)) − k (1 − σ)`.
+    Derived by autograd, the picking of non-zeros would fill and add two dense matrices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, position: Tensor, value: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
+        odds = log_mean - log_theta
+        soft = F.softplus(odds)
+        theta = torch.exp(log_theta)
+        gene = position % log_mean.shape[1]
+        theta_at = theta[gene]
+        d, s = odds.view(-1)[position], soft.view(-1)[position]
+        on_nonzero = torch.lgamma(value + theta_at) - torch.lgamma(theta_at) - torch.lgamma(value + 1) + value * (d - s)
+        ctx.save_for_backward(position, value, gene, theta, odds, soft)
+        return on_nonzero.sum() - (soft @ theta).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        position, value, gene, theta, odds, soft = ctx.saved_tensors
+        sigma = torch.sigmoid(odds)
+        left = value * (1 - sigma.view(-1)[position])
+        theta_at = theta[gene]
+        ones = sigma.new_ones(len(sigma))  # column sums as products, which are spread over cores in a fixed order
+        of_theta = theta * (ones @ sigma - ones @ soft)
+        on_nonzero = theta_at * (torch.digamma(value + theta_at) - torch.digamma(theta_at)) - left
+        of_theta = of_theta.index_add(0, gene, on_nonzero)
+        of_mean = sigma.mul_(-theta)
+        flat = of_mean.view(-1)
+        flat[position] = flat[position] + left  # positions are distinct
+        return None, None, of_mean.mul_(upstream[0]), of_theta * upstream[0]
 
 
 def nb_log1p_moments(

@@ -42,8 +42,9 @@ def pairwise_squared_distances(cells: Tensor) -> Tensor:
     Tensor
         (n_cells, n_cells), symmetric up to rounding.
     """
-    centred = cells - cells.detach().mean(0)
-    inner = centred @ centred.T
+    with torch.autocast(cells.device.type, enabled=False):  # in bfloat16 the products would drown in rounding
+        centred = cells - cells.detach().mean(0)
+        inner = centred @ centred.T
     norms = inner.diagonal()  # the diagonal of the same product, so that nothing is left of a cell's distance to itself
     return (norms[:, None] + norms[None, :] - 2 * inner).clamp(min=0)
 
