@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("dag", "prepare", "metrics", "training")
+BENCHMARKS = ("dag", "prepare", "metrics", "training", "rivals_discrepancy", "rivals_sparse", "classical", "gradients")
 
 
 def main() -> None:

@@ -159,3 +159,10 @@ def test_the_small_config_keeps_to_its_budget():
 )
 def test_items_as_readers_write_them(item, text):
     assert spell_item(item) == text
+
+
+def test_one_file_and_several_become_options():
+    spell = Plan(WITH_STUDY).studies.options("--truth", "truth")
+    assert spell(HERE, {"truth": "truth.h5ad"}) == "--truth truth.h5ad"
+    assert spell(HERE, {"truth": ["a", "b"]}) == "--truth a --truth b"
+    assert spell(HERE, {}) == ""

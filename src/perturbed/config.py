@@ -260,6 +260,10 @@ def _valid_keys(model: type[BaseModel], location: tuple[str | int, ...]) -> set[
     return set(node.get("properties", {}))
 
 
+# Every job of a run reads some thirty files; the loader in C is ten times as fast and as safe.
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -269,7 +273,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         If the file is missing, is no YAML, or holds no mapping.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_SAFE_LOADER)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except yaml.YAMLError as error:

@@ -240,7 +240,12 @@ class StudyPlan:
 
     def options(self, flag: str, key: str) -> Any:
         """A function that gives every path of an input as an option of a verb."""
-        return lambda wildcards, input: " ".join(f"{flag} {path}" for path in input.get(key, []))
+
+        def spell(wildcards: Any, input: Any) -> str:
+            paths = input.get(key, [])
+            return " ".join(f"{flag} {path}" for path in ([paths] if isinstance(paths, str) else paths))
+
+        return spell
 
     # --- identifiability ------------------------------------------------------------------------------------------
 
@@ -308,6 +313,10 @@ class StudyPlan:
     def unanswered(self) -> list[str]:
         """Items of the paper that no study of this config answers."""
         return [item for item in (*PAPER_A, "identifiability") if item not in self.answers]
+
+    def why_unanswered(self, item: str, folder: Path) -> Any:
+        """A function of wildcards that says where an item is answered; configs are read when it is asked for only."""
+        return lambda wildcards: where_answered(item, folder)
 
 
 def where_answered(item: str, folder: Path) -> str:

@@ -301,7 +301,7 @@ def test_planted_programs_are_recovered_in_files_and_figure(folder, tmp_path):
         assert (tmp_path / "programs" / f"{name}.csv").read_bytes() == (tmp_path / "again" / f"{name}.csv").read_bytes()
     save(draw(tmp_path / "programs"), tables["hits"], tmp_path / "figure")
     svg = (tmp_path / "figure.svg").read_text()
-    assert "Hit map" in svg and "between seeds" in svg and "against planted" in svg
+    assert "Hit map" in svg and "between seeds" in svg and "against planted truth" in svg
 
 
 def test_without_gene_sets_and_truth_the_tables_say_less(folder, tmp_path):

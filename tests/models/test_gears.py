@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from planted_cells import plant
 from perturbed.data.cards import load_card
 from perturbed.errors import DataError, MethodError, UnseenPerturbationError
 from perturbed.models.base import FitRun, build, load_method_spec
-from perturbed.models.gears import Gears, _as_the_package_needs, _seeded, gears_label, graph_tensors, read_gene_graph
+from perturbed.models.gears import Gears, _as_the_package_needs, _seeded
+from perturbed.models.gears_inputs import gears_label, graph_tensors, read_gene_graph
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".envs" / "gears" / "bin" / "python"
@@ -249,6 +253,21 @@ def test_the_environment_is_made_once(tmp_path):
     before = (PYTHON.parents[1] / "pyvenv.cfg").stat().st_mtime_ns
     subprocess.run([ROOT / "envs" / "environment.sh", "gears"], check=True, capture_output=True)
     assert (PYTHON.parents[1] / "pyvenv.cfg").stat().st_mtime_ns == before and stamp.is_file()
+
+
+def test_a_failed_installation_leaves_no_stamp(tmp_path):
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if uv is None:
+        pytest.skip("needs uv")
+    (tmp_path / "envs").mkdir()
+    shutil.copy(ROOT / "envs" / "environment.sh", tmp_path / "envs")
+    (tmp_path / "envs" / "broken.lock").write_text("this is no requirement !\n")
+    (tmp_path / ".envs" / "broken").mkdir(parents=True)
+    (tmp_path / ".envs" / "broken" / ".ready").write_text("an older lock\n")
+    command = [tmp_path / "envs" / "environment.sh", "broken"]
+    variables = {**os.environ, "UV": uv, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and not (tmp_path / ".envs" / "broken" / ".ready").exists()
 
 
 def test_an_environment_without_lock_is_refused_by_name():

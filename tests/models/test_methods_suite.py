@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from planted_cells import plant, reorder
@@ -25,20 +24,11 @@ from perturbed.models.base import (
     save_model,
 )
 from perturbed.names import CONTROL
+from quick_methods import QUICK, write_side_files
 
 FOLDER = Path(__file__).parents[2] / "config" / "methods"
 SKIPPED = {"external": "has no predictions of its own; see test_external.py"}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-QUICK_SPARSE = {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2, "lr": 3e-3}
-QUICK = {
-    **dict.fromkeys(("sams_vae", "sams_vae_gaussian", "svae_plus", "svae_plus_gaussian"), QUICK_SPARSE),
-    "perturbedvae": {"n_nu": 4, "n_iota": 3, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2, "lr": 3e-3},
-    "discrepancy_vae": {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2},
-    "sena": {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2},
-    "random_forest": {"n_trees": 5},
-    "scvi_additive": {"n_latent": 3, "n_hidden": 8, "epochs": 3, "n_samples": 5, "n_control": 5},
-}
-"""Overrides that make a fit quick and change nothing it promises."""
 PREDICTS_UNSEEN_GENES = {"no_change", "mean_effect", "matching_mean", "pca_ridge", "embedding"}
 ORDER_FREE = {
     "no_change",
@@ -49,6 +39,8 @@ ORDER_FREE = {
     "knn",
     "elastic_net",
     "pca_additive",
+    "shrunk_interaction",
+    "shrunk_saturating",
     "embedding",
     "embedding_cells",
 }
@@ -60,23 +52,18 @@ TARGETS = [("G00", "all"), ("G01+G04", "all"), ("G00+G02+G05", "all"), (CONTROL,
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    sets = {"even": range(0, 50, 2), "third": range(0, 50, 3)}
-    lines = ["\t".join([name, "", *(f"G{i:02d}" for i in genes)]) for name, genes in sets.items()]
-    (folder / "sets.gmt").write_text("\n".join(lines) + "\n")
     planted = plant(n_cells=15, n_control=30, combos=("G00+G01",), counts=True).data
     cells = np.array([f"cell{i}" for i in range(len(planted.perturbation))], dtype=object)
-    files = {role: folder / f"{role}.csv" for role in ("gene_embedding", "cell_embedding")}
-    draw = np.random.default_rng(0).normal(size=(len(planted.genes), 6))
-    pd.DataFrame(draw, index=planted.genes).to_csv(files["gene_embedding"])
-    pd.DataFrame(planted.X @ draw, index=cells).to_csv(files["cell_embedding"])
-    return replace(planted, cells=cells, files={"gene_sets": folder / "sets.gmt", **files})
+    files = write_side_files(tmp_path_factory.mktemp("files"), planted.genes, cells, planted.X)
+    return replace(planted, cells=cells, files=files)
 
 
 @pytest.fixture(params=NAMES)
 def name(request) -> str:
     if request.param in SKIPPED:
         pytest.skip(SKIPPED[request.param])
+    if load_method_spec(request.param, [FOLDER]).environment:
+        pytest.skip("runs in an environment of its own; see its tests")
     return request.param
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from perturbed.jobs import print_longest
 from perturbed.plan import RUN_FIGURES, SPLIT_FIGURES, read_plan
 from perturbed.study_config import SCORED, STUDY_KINDS
-from perturbed.study_plan import where_answered
 
 CONFIGS = Path(relpath(workflow.basedir)) / "config"
 ENVIRONMENTS = Path(relpath(workflow.basedir)) / "envs"

@@ -67,7 +67,7 @@ for _item in plan.studies.unanswered():
         conda:
             "../../envs/core.yaml"
         params:
-            reason=where_answered(_item, CONFIGS),
+            reason=plan.studies.why_unanswered(_item, CONFIGS),
         shell:
             "echo perturbed: {params.reason:q} | tee {log} >&2; exit 1"
 

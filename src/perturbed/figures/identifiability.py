@@ -81,7 +81,7 @@ def draw(table: pd.DataFrame) -> Figure:
         Rows of `run_setting` of the base setting and any others, any number of seeds.
     """
     figure = new_figure(WIDTH, 8.4)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1.25))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.05, 1.25)).ravel()
     _draw_base(above, table[table["setting"] == "base"])
     _draw_factors(below, table)
     return figure

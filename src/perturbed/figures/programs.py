@@ -98,7 +98,8 @@ def _draw_graph(axes: Axes, graph: pd.DataFrame, names: pd.DataFrame) -> None:
     axes.set_xlim(-2.3, 2.3)
     axes.set_ylim(-1.35, 1.35)
     axes.set_axis_off()
-    title = f"Latent graph of control: {len(kept)} of {len(graph)} edges kept\n(each program: name, number of targets)"
+    title = f"Latent graph: {len(kept)} of {len(graph)} edges kept, and programs\n"
+    title += "(orange raises, blue lowers; number of targets)"
     axes.set_title(title, loc="left")
 
 
@@ -129,7 +130,7 @@ def _shorten(name: str, width: int = 38) -> str:
 
 def _draw_stability(axes: Axes, stability: pd.DataFrame) -> None:
     """Agreement of pairs of fits (points) over the null's 95 % quantile (band)."""
-    axes.set_title("Are they there again?", loc="left")
+    axes.set_title("Stability", loc="left")
     if stability.empty:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "one fit and no planted truth: nothing to compare", ha="center", style="italic", color=GREY)
@@ -145,7 +146,8 @@ def _draw_stability(axes: Axes, stability: pd.DataFrame) -> None:
             axes.plot(rows["value"], np.full(len(rows), y + shift), marker, ms=4.5, color=colour, ls="none", label=kind)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
-    axes.legend(unique.values(), ["between seeds", "against planted"][: len(unique)], loc="upper right", fontsize=7)
+    names = [{"seeds": "between seeds", "planted": "against planted truth"}[label] for label in unique]
+    axes.legend(unique.values(), names, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=7, borderpad=0)
     axes.set_yticks(range(len(METRICS)), list(METRICS.values()))
     axes.set_xlim(0, 1.02)
     axes.invert_yaxis()

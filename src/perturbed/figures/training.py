@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from perturbed.figures.inputs import Page
+from perturbed.figures.inputs import NothingToDraw, Page
 from perturbed.figures.style import WIDTH, arrange_panels, look_of, new_figure, title_of
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def draw_training_curves(page: Page) -> tuple[Figure, pd.DataFrame]:
     keys = ["method", "fold", "seed"]
     table = table.sort_values([*keys, "term", "epoch"], ignore_index=True)
     terms = list(dict.fromkeys(term.removeprefix(VALIDATION) for term in sorted(set(table["term"]), key=_rank)))
+    if not terms:
+        raise NothingToDraw("no method of this run trains by epochs")
     methods = sorted(set(table["method"]))
     rows, columns = arrange_panels(len(terms), N_COLUMNS)
     figure = new_figure(max(5.0, WIDTH * columns / N_COLUMNS), 2.3 * rows + 0.6)

@@ -19,10 +19,13 @@ from scipy.linalg import eigh
 
 TOLERANCE = 0.05
 """Error of a slope, in conditional standard deviations, that imperfect unmixing leaves however many the cells."""
-CAP = 20.0
-"""A direction whose dependence on z_ι exceeds this many times its error variance is taken to have parents."""
-NOVELTY = (0.3, 0.1, 0.0)
-"""Least sine of the angle between a new direction and those already taken; the later ones where too few are found."""
+CAPS = (10.0, 20.0, 50.0)
+"""A direction whose squared dependence on z_ι exceeds so many times its error variance is taken to have parents. The
+last one judges; the others propose, too, since how far imperfect latents are from independence is not known."""
+LEAST_ANGLE = 0.1
+"""Least singular value of the unit vectors of the directions taken; keeps them from being the same one twice."""
+N_STARTS = 4
+"""Searches begin with so many of the best single directions under each cap."""
 ROUNDS = 10
 """Most rounds of refitting a direction and its environments."""
 
@@ -96,34 +99,81 @@ def find_direction(slopes: Slopes, environments: Sequence[int]) -> tuple[np.ndar
 
 
 class _Candidate(NamedTuple):
-    cost: float
     environments: tuple[int, ...]
     a: np.ndarray
     b: np.ndarray
 
 
 def _candidates(slopes: Slopes) -> list[_Candidate]:
+    """Directions proposed by pairs of environments and refitted to all in which they are independent of z_ι.
+
+    The latents as they are, less their mean dependence on z_ι, come behind them, so that there are always enough.
+    """
     found: dict[tuple[int, ...], _Candidate] = {}
-    for pair in combinations(range(len(slopes.slope)), 2):
-        environments: tuple[int, ...] = pair
-        for _ in range(ROUNDS):
-            a, b = find_direction(slopes, environments)
-            near = tuple(int(e) for e in np.flatnonzero(dependence(slopes, a, b) < CAP))
-            if len(near) < 2 or near == environments:
-                break
-            environments = near
-        a, b = find_direction(slopes, environments)
-        cost = float(np.minimum(dependence(slopes, a, b), CAP).sum())
-        found[environments] = _Candidate(cost, environments, a, b)
-    return sorted(found.values(), key=lambda candidate: (candidate.cost, candidate.environments))
+    for cap in CAPS:
+        for pair in combinations(range(len(slopes.slope)), 2):
+            environments: tuple[int, ...] = pair
+            for _ in range(ROUNDS):
+                a, b = find_direction(slopes, environments)
+                near = tuple(int(e) for e in np.flatnonzero(dependence(slopes, a, b) < cap))
+                if len(near) < 2 or near == environments:
+                    break
+                environments = near
+            if environments not in found:
+                found[environments] = _Candidate(environments, *find_direction(slopes, environments))
+    mean = slopes.slope.mean(0)
+    own = [_Candidate((), a, -a @ mean) for a in np.eye(len(mean))]
+    return [*(found[environments] for environments in sorted(found)), *own]
+
+
+def _cost(dependences: np.ndarray) -> float:
+    """What the directions (rows) leave unexplained: the least capped dependence of each environment, summed."""
+    return float(np.minimum(dependences.min(0), CAPS[-1]).sum())
+
+
+def _choose(costs: np.ndarray, units: np.ndarray, n: int) -> list[int]:
+    """Indices of `n` independent candidates of least joint `_cost`: greedy choices and exchanges from many starts."""
+    alone = [np.argsort(np.minimum(costs, cap).sum(1), kind="stable")[:N_STARTS] for cap in CAPS]
+    starts = sorted({int(i) for order in alone for i in order})
+    return min((_improve(_complete([i], costs, units, n), costs, units) for i in starts), key=lambda c: _cost(costs[c]))
+
+
+def _angle(units: np.ndarray) -> float:
+    return float(np.linalg.svd(units, compute_uv=False)[-1])
+
+
+def _complete(chosen: list[int], costs: np.ndarray, units: np.ndarray, n: int) -> list[int]:
+    """Add the candidate that lowers the cost most until there are `n`."""
+    while len(chosen) < n:
+        left = [i for i in range(len(costs)) if i not in chosen]
+        left.sort(key=lambda i: _cost(costs[[*chosen, i]]))
+        best = next((i for i in left if _angle(units[[*chosen, i]]) > LEAST_ANGLE), None)
+        if best is None:  # nearly parallel to those taken, all of them
+            best = max(left, key=lambda i: _angle(units[[*chosen, i]]))
+        chosen = [*chosen, best]
+    return chosen
+
+
+def _improve(chosen: list[int], costs: np.ndarray, units: np.ndarray) -> list[int]:
+    """Exchange one candidate at a time while that lowers the cost."""
+    for _ in range(ROUNDS):
+        trials = [[*chosen[:k], i, *chosen[k + 1 :]] for k in range(len(chosen)) for i in range(len(costs))]
+        now = _cost(costs[chosen])
+        better = sorted((cost, trial) for trial in trials if (cost := _cost(costs[trial])) < now)
+        best = next((trial for _, trial in better if _angle(units[trial]) > LEAST_ANGLE), None)
+        if best is None:
+            break
+        chosen = best
+    return chosen
 
 
 def rotate_to_sparse_mechanisms(z_nu: np.ndarray, z_iota: np.ndarray, environment: np.ndarray) -> Rotation:
-    """Coordinates of z_ν whose mechanisms lose their parents in as many environments as possible.
+    """Coordinates of z_ν in which as many environments as possible leave some latent without parents.
 
     Every pair of environments proposes the direction that is least dependent on z_ι in both; environments in which
-    it is independent too join, and the direction is refitted. The cost of a direction is its capped dependence,
-    summed over environments; the d_nu cheapest that are not parallel are kept. Uses latents only, no truth.
+    it is independent too join, and the direction is refitted. Of all proposals those d_nu are taken that together
+    leave the fewest environments unexplained, the capped `dependence` of an environment's best direction counting.
+    Uses latents only, no truth; an environment is taken to remove the parents of one latent.
 
     Parameters
     ----------
@@ -133,20 +183,22 @@ def rotate_to_sparse_mechanisms(z_nu: np.ndarray, z_iota: np.ndarray, environmen
         (n_cells,).
     """
     slopes = estimate_slopes(z_nu, z_iota, environment)
-    root = np.linalg.cholesky(slopes.covariance.mean(0))
-    kept: list[_Candidate] = []
-    basis = np.empty((0, z_nu.shape[1]))
     proposals = _candidates(slopes)
-    for novelty in NOVELTY:
-        for candidate in proposals:
-            unit = root.T @ candidate.a
-            unit = unit / np.linalg.norm(unit)
-            rest = unit - basis.T @ (basis @ unit)
-            if len(kept) == z_nu.shape[1]:
-                break
-            if np.linalg.norm(rest) > max(novelty, 1e-6):
-                kept.append(candidate)
-                basis = np.vstack([basis, rest / np.linalg.norm(rest)])
+    units = np.array([c.a for c in proposals]) @ np.linalg.cholesky(slopes.covariance.mean(0))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    costs = np.array([dependence(slopes, c.a, c.b) for c in proposals])
+    kept = [proposals[i] for i in _choose(costs, units, z_nu.shape[1])]
+    for _ in range(ROUNDS):
+        costs = np.array([dependence(slopes, c.a, c.b) for c in kept])
+        best, explained = costs.argmin(0), costs.min(0) < CAPS[-1]
+        groups = [tuple(int(e) for e in np.flatnonzero((best == i) & explained)) for i in range(len(kept))]
+        refitted = [
+            c if len(g) < 2 or g == c.environments else _Candidate(g, *find_direction(slopes, g))
+            for c, g in zip(kept, groups)
+        ]
+        if all(new is old for new, old in zip(refitted, kept)):
+            break
+        kept = refitted
     return _rotation(slopes, [(c.a, c.b) for c in kept], [c.environments for c in kept])
 
 

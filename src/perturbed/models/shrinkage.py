@@ -23,6 +23,8 @@ LEVELS = (0.8, 0.9, 1.0, 1.1, 1.2)
 """Noise levels that `denoise` averages over, in units of the measured one."""
 N_BINS = 512
 N_STEPS = 200
+TOLERANCE = 1e-3
+"""Relative accuracy of the factors of the noise, whose sampling error is far larger."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def measure_noise(X: sparse.csr_matrix, row: np.ndarray, means: np.ndarray, n_fa
         return np.asarray((cells.T @ v - means.T @ (indicator.T @ v)) * weight)
 
     residual = LinearOperator(X.shape, matvec=forward, rmatvec=backward, dtype=np.float64)
-    _, s, vt = svds(residual, k=k, v0=np.ones(min(X.shape)), solver="arpack")
+    _, s, vt = svds(residual, k=k, v0=np.ones(min(X.shape)), tol=TOLERANCE, solver="arpack")
     return _keep_spikes(variance, s[::-1] ** 2, vt[::-1], n_genes / freedom)
 
 
@@ -184,22 +186,24 @@ def shrink_mixture(matrix: np.ndarray, noise: np.ndarray) -> np.ndarray:
         s, of the same shape or broadcast to it.
     """
     z = np.abs(matrix / noise)
-    top = max(float(z.max(initial=0.0)), 1.0)
-    edges = np.concatenate(
-        [np.linspace(0, min(8.0, top), N_BINS // 2), np.geomspace(8.0, max(top, 8.1), N_BINS // 2)[1:]]
-    )
-    edges = np.unique(np.append(edges, top))
-    weight = np.histogram(z, edges)[0].astype(np.float64)
-    centre = (edges[:-1] + edges[1:]) / 2
+    step = np.log1p(max(float(z.max(initial=0.0)), 1.0)) / N_BINS
+    place = np.log1p(z) / step  # bins of equal width in log(1 + z): fine where most entries are
+    left = np.minimum(place.astype(np.int64), N_BINS - 1)
+    weight = np.bincount(left.ravel(), minlength=N_BINS).astype(np.float64)
     variance = SCALES**2 + 1
-    density = np.exp(-0.5 * centre[:, None] ** 2 / variance) / np.sqrt(variance) + 1e-300
+
+    def density(at: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp(-0.5 * at[:, None] ** 2 / variance) / np.sqrt(variance) + 1e-300)
+
+    centres = density(np.expm1(step * (np.arange(N_BINS) + 0.5)))
     share = np.full(len(SCALES), 1 / len(SCALES))
     for _ in range(N_STEPS):
-        joint = density * share
+        joint = centres * share
         share = weight @ (joint / joint.sum(axis=1, keepdims=True)) / weight.sum()
-    joint = density * share
+    joint = density(np.expm1(step * np.arange(N_BINS + 1))) * share
     factor = joint @ (SCALES**2 / variance) / joint.sum(axis=1)
-    return np.asarray(matrix * np.interp(z, centre, factor))
+    place -= left
+    return np.asarray(matrix * (factor[left] * (1 - place) + factor[left + 1] * place))
 
 
 def shrink_positive_part(matrix: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -220,9 +224,9 @@ def denoise(
     """Low rank plus sparse: what programs explain by singular values, what single genes do by a normal mixture.
 
     The two are fitted in turns, each to what the other leaves: L to B − S by `shrink_low_rank`, S to B − L by
-    `shrink_mixture`. Rows are first scaled to the noise of a common number of cells. Half-whitened noise is white on average only, so
-    that no single level is right for every direction: the estimate is the mean over `levels`, which makes the hard
-    threshold of the singular values a soft one.
+    `shrink_mixture`. Rows are first scaled to the noise of a common number of cells. Half-whitened noise is white on
+    average only, so that no single level is right for every direction: the estimate is the mean over `levels`, which
+    makes the hard threshold of the singular values a soft one.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`shrunk_interaction`: a linear structural model of populations, each part shrunk by what the data say of its noise."""
+"""`shrunk_interaction`: a linear structural model of populations, each part shrunk by its measured noise."""
 
 from __future__ import annotations
 
