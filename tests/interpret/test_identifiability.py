@@ -337,7 +337,7 @@ def test_a_fit_is_a_function_of_the_seed() -> None:
     world = LatentWorld(SMALL.model_copy(update={"n_train": 200}), 0)
     cells = world.draw(TRAIN, 200)
     options = QUICK.model_copy(update={"steps": 6})
-    fits = [fit_network(cells, (12, 4, 7), options, alpha=25.0, seed=seed) for seed in (1, 1, 2)]
+    fits = [fit_network(cells, (12, 4, 7), options, arm="aligned", seed=seed) for seed in (1, 1, 2)]
     states = [np.concatenate([p.detach().numpy().ravel() for p in fit.network.parameters()]) for fit in fits]
     np.testing.assert_array_equal(states[0], states[1])
     assert not np.array_equal(states[0], states[2])
@@ -347,7 +347,7 @@ def test_the_best_restart_has_the_lowest_validation_loss() -> None:
     cells = LatentWorld(SMALL, 0).draw(TRAIN, 200)
     options = QUICK.model_copy(update={"steps": 6})
     fits = [
-        fit_network(cells, (12, 4, 7), options.model_copy(update={"restarts": n}), alpha=25.0, seed=0)
+        fit_network(cells, (12, 4, 7), options.model_copy(update={"restarts": n}), arm="aligned", seed=0)
         for n in (1, 2, 4)
     ]
     losses = [fit.val_loss for fit in fits]

@@ -251,7 +251,7 @@ def test_fit_predict_save_and_load_in_its_environment(tmp_path):
 def test_the_environment_is_made_once(tmp_path):
     stamp = PYTHON.parents[1] / ".ready"
     before = (PYTHON.parents[1] / "pyvenv.cfg").stat().st_mtime_ns
-    subprocess.run([ROOT / "envs" / "environment.sh", "gears"], check=True, capture_output=True)
+    subprocess.run([ROOT / "envs" / "environment.sh", "gears"], check=True, capture_output=True, cwd=ROOT)
     assert (PYTHON.parents[1] / "pyvenv.cfg").stat().st_mtime_ns == before and stamp.is_file()
 
 
@@ -266,11 +266,12 @@ def test_a_failed_installation_leaves_no_stamp(tmp_path):
     (tmp_path / ".envs" / "broken" / ".ready").write_text("an older lock\n")
     command = [tmp_path / "envs" / "environment.sh", "broken"]
     variables = {**os.environ, "UV": uv, "PYTHON": sys.executable}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and not (tmp_path / ".envs" / "broken" / ".ready").exists()
 
 
-def test_an_environment_without_lock_is_refused_by_name():
-    done = subprocess.run([ROOT / "envs" / "environment.sh", "nothing"], capture_output=True, text=True, check=False)
+def test_an_environment_without_lock_is_refused_by_name(tmp_path):
+    command = [ROOT / "envs" / "environment.sh", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "envs/nothing.lock: no such file" in done.stderr
-    assert not (ROOT / ".envs" / "nothing").exists()
+    assert not list(tmp_path.iterdir())

@@ -56,6 +56,7 @@ class Run:
         return {rule: int(n) for rule, n in table if rule not in ("total", "all")}
 
     def tables(self) -> dict[str, bytes]:
-        files = [*(self.folder / "results" / name for name in TABLES), *sorted(self.folder.glob("results/**/model/state.*"))]
+        files = [self.folder / "results" / name for name in TABLES]
+        files += sorted(self.folder.glob("results/**/model/state.*"))
         files += sorted(self.folder.glob("results/**/split.csv")) + sorted(self.folder.glob("results/**/features.csv"))
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from scipy.linalg import eigh
 
-from perturbed.interpret.identifiability_spec import EstimatorOptions, IdentifiabilitySetting
+from perturbed.interpret.identifiability_spec import Arm, EstimatorOptions, IdentifiabilitySetting
 from perturbed.interpret.latent_network import LatentLoss, LatentVAE
 from perturbed.interpret.latent_simulation import TEST, TRAIN, LatentCells, LatentWorld
 from perturbed.interpret.matching import block_r2, mean_correlation, structural_hamming_distance
@@ -96,7 +96,7 @@ def fit_network(
     sizes: tuple[int, int, int],
     options: EstimatorOptions,
     *,
-    alpha: float,
+    arm: Arm,
     seed: int,
     device: str = "cpu",
     plain: bool = False,
@@ -111,8 +111,8 @@ def fit_network(
         Environments, responsive and invariant latents.
     options
         The estimator's options.
-    alpha
-        Weight of the alignment.
+    arm
+        What the fit knows of the pairs.
     seed, device
         Of weights, order and draws; where to train.
     plain
@@ -122,7 +122,7 @@ def fit_network(
     val, rest = np.split(order, [round(VAL_FRACTION * len(order))])
     inputs = Inputs(_rows(cells, rest), options.n_components)
     fits = [
-        _fit_once(cells, inputs, sizes, options, alpha, (rest, val), 1000 * seed + start, device, plain)
+        _fit_once(cells, inputs, sizes, options, arm, (rest, val), 1000 * seed + start, device, plain)
         for start in range(options.restarts)
     ]
     return min(fits, key=lambda fit: fit.val_loss)
@@ -137,7 +137,7 @@ def _fit_once(
     inputs: Inputs,
     sizes: tuple[int, int, int],
     options: EstimatorOptions,
-    alpha: float,
+    arm: Arm,
     split: tuple[np.ndarray, np.ndarray],
     seed: int,
     device: str,
@@ -147,7 +147,8 @@ def _fit_once(
     environment = torch.from_numpy(cells.environment.astype(np.int64)).to(device)
     with seeded_weights(seed):
         network = LatentVAE(x.shape[1], *sizes, options, plain).to(device)
-    network.start_at(*start_directions(cells, inputs, split[0], sizes, paired=alpha > 0))
+    network.start_at(*start_directions(cells, inputs, split[0], sizes, paired=arm in ("aligned", "start_only")))
+    alpha = options.alpha if arm in ("aligned", "penalty_only") else 0.0
     batch = min(options.batch_size, len(split[0]))
     epochs = -(-options.steps // -(-len(split[0]) // batch))
 
@@ -229,11 +230,12 @@ def run_setting(setting: IdentifiabilitySetting, seed: int, device: str = "cpu",
             rows += [("none", name, *score) for score in score_latents(test, latents)]
         rows.append(("none", "empty_graph", "shd", float(world.graph.sum())))
         for arm in setting.arms:
-            alpha = setting.estimator.alpha if arm == "aligned" else 0.0
-            fitted = fit_network(train_cells, sizes, setting.estimator, alpha=alpha, seed=seed, device=device)
+            fitted = fit_network(train_cells, sizes, setting.estimator, arm=arm, seed=seed, device=device)
             rows += [(arm, *scored) for scored in _score_fit(world, train_cells, test, fitted)]
         if setting.plain_vae:
-            fitted = fit_network(train_cells, sizes, setting.estimator, alpha=0.0, seed=seed, device=device, plain=True)
+            fitted = fit_network(
+                train_cells, sizes, setting.estimator, arm="unaligned", seed=seed, device=device, plain=True
+            )
             both = np.hstack(fitted.encode(test.x, test.environment))
             rows += [("none", "plain_vae", *score) for score in score_latents(test, Latents(both, both))]
     return _describe(setting, seed, rows)

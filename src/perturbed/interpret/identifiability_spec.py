@@ -9,7 +9,9 @@ from pydantic import Field
 from perturbed.config import Section
 from perturbed.errors import ConfigError
 
-Arm = Literal["aligned", "unaligned"]
+Arm = Literal["aligned", "penalty_only", "start_only", "unaligned"]
+"""What a fit knows of the pairs: `aligned` begins where pairs agree and is penalised where they do not, `penalty_only`
+begins at principal components, `start_only` is not penalised, `unaligned` knows nothing of them."""
 
 
 class LatentWorldOptions(Section):
@@ -54,7 +56,7 @@ class EstimatorOptions(Section):
     """Principal components of x, fitted on training cells, that the network reads and writes. A mixing of width 64
     fills no more than 64, so that nothing is lost by default."""
     alpha: float = Field(25.0, ge=0)
-    """Weight of the alignment in the arm `aligned`. The paper's 0.05 belongs to a loss averaged over 500 genes; beside
+    """Weight of the alignment in the arms that have it. The paper's 0.05 belongs to a loss averaged over 500 genes; beside
     the ELBO, which sums over them, that is 25."""
     posterior_sees_condition: bool = False
     """Whether the condition enters q(z_ν | x, u), as in the paper. Where x determines z the exact posterior ignores
@@ -97,8 +99,10 @@ class IdentifiabilityStudy(Section):
     """The base world."""
     estimator: EstimatorOptions = EstimatorOptions()
     """The base estimator."""
+    base_arms: tuple[Arm, ...] = Field(("aligned", "penalty_only", "start_only", "unaligned"), min_length=1)
+    """Fits in the base setting."""
     arms: tuple[Arm, ...] = Field(("aligned", "unaligned"), min_length=1)
-    """Fits with and without the alignment."""
+    """Fits in the other settings."""
     environments: tuple[int, ...] = (4, 8, 24)
     """Other numbers of environments."""
     cells: tuple[int, ...] = (750, 1500, 12000)
@@ -148,7 +152,7 @@ def expand(study: IdentifiabilityStudy) -> dict[str, IdentifiabilitySetting]:
             level=level,
             world=changed,
             estimator=EstimatorOptions.model_validate({**study.estimator.model_dump(), **estimator}),
-            arms=study.arms,
+            arms=study.base_arms if factor == "base" else study.arms,
             plain_vae=factor == "base",
         )
 
