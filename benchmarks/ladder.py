@@ -1,6 +1,6 @@
 """What helped by how much on combinations: every rung from the additive baseline to `shrunk_interaction`.
 
-python benchmarks/ladder.py [norman] [cells] [simulation] [--cells 40 400] [--out ladder.csv]
+python benchmarks/ladder.py [norman] [cells] [simulation] [--cells 40 400] [--screens simulation] [--out ladder.csv]
 
 norman      rungs on the Norman cells, zero-shot and with half of the doubles, and γ chosen on other doubles
 cells       additive and the winner against training cells per condition, on the Norman cells
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from perturbed.config import EvaluationSpec, FeatureSpec, StatisticsSpec, UnseenCombo, parse, read_yaml
-from perturbed.data.cards import Card
+from perturbed.data.cards import Card, PathSource, SimulationSource
 from perturbed.data.contracts import read_prepared, read_split, write_features, write_h5ad, write_split
 from perturbed.data.features import compute_features
 from perturbed.data.prepare import prepare
@@ -102,8 +102,8 @@ def norman(folder: Path) -> Screen:
     """The shared Norman cells."""
     path = ROOT / "config/datasets/norman2019_combo1000.yaml"
     card = parse(Card, read_yaml(path), str(path))
-    raw = Path(card.source.path)
-    raw = raw if raw.is_absolute() else ROOT / raw
+    assert isinstance(card.source, PathSource)
+    raw = ROOT / card.source.path
     write_h5ad(folder / "prepared.h5ad", prepare(raw, card, "norman2019_combo1000"))
     return Screen("norman2019_combo1000", folder)
 
@@ -114,6 +114,7 @@ def simulated(name: str, n_cells: int, folder: Path) -> Screen:
     content["expect"] = {}
     content["source"]["params"] |= {"n_cells_per_perturbation": n_cells, "n_control": max(600, n_cells)}
     card = parse(Card, content, name)
+    assert isinstance(card.source, SimulationSource)
     write_simulation(card.source, name, folder / "raw.h5ad", folder / "truth.h5ad")
     write_h5ad(folder / "prepared.h5ad", prepare(folder / "raw.h5ad", card, name))
     (folder / "raw.h5ad").unlink()
@@ -203,9 +204,9 @@ def run_cells(folder: Path) -> Iterator[pd.DataFrame]:
             yield scores
 
 
-def run_simulation(folder: Path, numbers: list[int]) -> Iterator[pd.DataFrame]:
-    """Both simulators over the number of cells."""
-    for name in ("simulation", "simulation_epistasis"):
+def run_simulation(folder: Path, numbers: list[int], screens: list[str]) -> Iterator[pd.DataFrame]:
+    """Simulated screens over the number of cells."""
+    for name in screens:
         for n in numbers:
             screen = simulated(name, n, folder)
             for split, fraction, folds in (("zero_shot", 0.0, 1), ("half", 0.5, 5)):
@@ -218,6 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["norman", "cells", "simulation"])
     parser.add_argument("--cells", nargs="+", type=int, default=[40, 400, 4000], help="cells of a simulated condition")
+    parser.add_argument(
+        "--screens", nargs="+", default=["simulation", "simulation_epistasis"], help="simulated screens"
+    )
     parser.add_argument("--out", type=Path, help="write all scores to this csv")
     arguments = parser.parse_args()
     tables: list[pd.DataFrame] = []
@@ -226,7 +230,7 @@ def main() -> None:
             folder = Path(name) / part
             folder.mkdir()
             if part == "simulation":
-                tables += run_simulation(folder, arguments.cells)
+                tables += run_simulation(folder, arguments.cells, arguments.screens)
             else:
                 tables += {"norman": run_norman, "cells": run_cells}[part](folder)
     if arguments.out:

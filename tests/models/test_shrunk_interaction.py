@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -28,7 +27,7 @@ def world(
     rng = np.random.default_rng([seed, 3])
     base = rng.uniform(2.0, 4.0, n_genes)
     programs = rng.normal(0, 0.25, (3, n_genes))
-    scores = rng.normal(0, 1.0, (n_single, 3)) + [0.8, 0, 0]
+    scores = rng.normal(0, 1.0, (n_single, 3)) + np.array([0.8, 0, 0])
     effect = size * (scores @ programs)
     effect[np.arange(n_single), np.arange(n_single)] += size
     bilinear = 0.3 * rng.normal(size=(3, 3, n_genes))
@@ -99,7 +98,7 @@ def replace_params(**changes) -> ShrunkInteractionParams:
 
 
 def test_no_effect_is_predicted_where_there_is_none():
-    means, _ = world(size=0.0)
+    means, _ = world(size=0.0, n_genes=600)
     singles, _, tested = split_names(means, 0)
     data = cells_of(means, singles, 30)
     additive = Additive()
@@ -109,7 +108,7 @@ def test_no_effect_is_predicted_where_there_is_none():
         control = ours.predict_one(CONTROL, "all")["mean"]
         size = np.mean([np.linalg.norm(ours.predict_one(name, "all")["mean"] - control) for name in tested])
         noise = np.mean([np.linalg.norm(additive.predict_effect(name)) for name in tested])
-        assert size < 0.2 * noise
+        assert size < 0.2 * noise, size / noise
 
 
 @pytest.mark.parametrize("kind", ["synergy", "bilinear"])
@@ -207,12 +206,12 @@ def test_contexts_keep_their_backgrounds_and_lend_their_effects():
 
 @pytest.mark.parametrize("method", [ShrunkInteraction, ShrunkSaturating])
 def test_a_gene_seen_in_combinations_only_is_refused(method):
-    data = plant(combos=("G00+G20",)).data
+    data = plant(combos=("G00+G01",)).data
     model = method()
-    model.fit(data, FitRun())
-    assert np.isfinite(model.predict_one("G00+G20", "all")["mean"]).all()
-    with pytest.raises(UnseenPerturbationError, match="G20"):
-        model.predict_one("G01+G20", "all")
+    model.fit(only(data, data.perturbation != "G01"), FitRun())
+    assert np.isfinite(model.predict_one("G00+G01", "all")["mean"]).all()
+    with pytest.raises(UnseenPerturbationError, match="G01 perturbed alone"):
+        model.predict_one("G01+G02", "all")
 
 
 def test_the_number_of_cells_decides_how_much_is_kept():

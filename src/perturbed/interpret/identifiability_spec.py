@@ -56,11 +56,11 @@ class EstimatorOptions(Section):
     """Principal components of x, fitted on training cells, that the network reads and writes. A mixing of width 64
     fills no more than 64, so that nothing is lost by default."""
     alpha: float = Field(25.0, ge=0)
-    """Weight of the alignment in the arms that have it. The paper's 0.05 belongs to a loss averaged over 500 genes; beside
-    the ELBO, which sums over them, that is 25."""
+    """Weight of the alignment in the arms that have it. The paper's 0.05 belongs to a loss averaged over genes;
+    beside an ELBO that sums over 500 of them, that is 25."""
     posterior_sees_condition: bool = False
     """Whether the condition enters q(z_ν | x, u), as in the paper. Where x determines z the exact posterior ignores
-    u, and a head that sees it only opens local optima."""
+    u, and both score alike."""
     lr: float = Field(2e-3, gt=0)
     """Learning rate; falls linearly to a hundredth."""
     batch_size: int = Field(256, ge=2)
