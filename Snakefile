@@ -18,6 +18,7 @@ include: "workflow/rules/methods.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/studies.smk"
 include: "workflow/rules/study_figures.smk"
+include: "workflow/rules/gradients.smk"
 include: "workflow/rules/report.smk"
 
 

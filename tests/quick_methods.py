@@ -12,11 +12,21 @@ from scipy import sparse
 
 QUICK_SPARSE = {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2, "lr": 3e-3}
 QUICK_RESPONSE = {"n_nu": 4, "n_iota": 3, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2, "lr": 3e-3}
+QUICK_FLOW = {
+    "hidden": (8, 6),
+    "epochs": 4,
+    "patience": 2,
+    "min_epochs": 3,
+    "batch_size": 64,
+    "n_steps": 3,
+    "n_control": 10,
+}
 QUICK: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("sams_vae", "sams_vae_gaussian", "svae_plus", "svae_plus_gaussian"), QUICK_SPARSE),
     **dict.fromkeys(("perturbedvae", "perturbedvae_nb", "perturbedvae_mmd"), QUICK_RESPONSE),
     "discrepancy_vae": {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2},
     "sena": {"n_latent": 4, "n_hidden": 8, "epochs": 4, "n_samples": 5, "patience": 2},
+    **dict.fromkeys(("nb_vae", "nb_vae_gaussian"), QUICK_FLOW),
     "random_forest": {"n_trees": 5},
     "scvi_additive": {"n_latent": 3, "n_hidden": 8, "epochs": 3, "n_samples": 5, "n_control": 5},
 }

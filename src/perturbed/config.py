@@ -37,9 +37,21 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
-class _Split(Section):
+class _Drawn(Section):
     seed: int = 0
     """Seed of every draw of the split. Change it to see how much the choice of test set matters."""
+    methods: tuple[str, ...] | None = None
+    """Restrict this split to some of the methods of the run; leave out for all."""
+    datasets: tuple[str, ...] | None = None
+    """Restrict this split to some of the datasets of the run; leave out for all."""
+
+    @property
+    def n_folds(self) -> int:
+        """How many folds the split has; known before any data are read."""
+        return int(getattr(self, "folds", 1))
+
+
+class _Split(_Drawn):
     control_test_fraction: Fraction = 0.5
     """Share of control cells kept from training, the reference of the disjoint-control scores. 0 gives all controls
     to training (the paper's choice); the disjoint-control scores are then undefined."""
@@ -51,15 +63,6 @@ class _Split(Section):
     seed: the cells of a smaller number are among those of a larger one. Leave out for all."""
     train_controls: int | None = Field(None, ge=2)
     """The same for control cells."""
-    methods: tuple[str, ...] | None = None
-    """Restrict this split to some of the methods of the run; leave out for all."""
-    datasets: tuple[str, ...] | None = None
-    """Restrict this split to some of the datasets of the run; leave out for all."""
-
-    @property
-    def n_folds(self) -> int:
-        """How many folds the split has; known before any data are read."""
-        return int(getattr(self, "folds", 1))
 
 
 class HeldoutCells(_Split):
@@ -134,8 +137,25 @@ class FromFile(_Split):
     """Number of files, when `{fold}` stands in the path."""
 
 
+class RandomCells(_Drawn):
+    """Cells at random, whatever their condition, for models whose question is not an unseen perturbation."""
+
+    kind: Literal["random_cells"]
+    test_fraction: Fraction = 0.09
+    """Share of cells tested, controls among them (the decoder paper's 82 : 9 : 9). Cells of combinations train or
+    validate only: a combination that trains is no unseen one."""
+    val_fraction: Fraction = 0.09
+    """Share of cells set aside for early stopping."""
+    stratified: bool = True
+    """Take the shares of every condition (perturbation and context); else of all cells together."""
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    """Share of the cells of a perturbation that is used at all, by name: `{knockout: 0.1}` keeps a tenth of them and
+    leaves the others unused."""
+
+
 SplitSpec = Annotated[
-    HeldoutCells | UnseenSingle | UnseenCombo | Context | FromColumn | FromFile, Field(discriminator="kind")
+    HeldoutCells | UnseenSingle | UnseenCombo | Context | FromColumn | FromFile | RandomCells,
+    Field(discriminator="kind"),
 ]
 
 
@@ -149,6 +169,9 @@ class FeatureSpec(Section):
     """Highly variable genes kept; `all` keeps every gene, and is what a source that chose its genes already needs."""
     keep_perturbed: bool = True
     """Keep perturbed genes among the features even where they vary little."""
+    keep_genes: tuple[str, ...] = ()
+    """Genes, by name or symbol, that are among the features however little they vary, such as those a flow is asked
+    about. A dataset without one of them does without it."""
     n_pcs: int = Field(50, ge=2)
     """Principal components for the distribution metrics and the linear models."""
     seed: int = 0
@@ -228,7 +251,7 @@ def _is_tag(part: str | int) -> bool:
     return isinstance(part, str) and (part in _KINDS or "[" in part or part in ("tuple", "literal", "str", "int"))
 
 
-_KINDS = {"heldout_cells", "unseen_single", "unseen_combo", "context", "from_column", "from_file"}
+_KINDS = {"heldout_cells", "unseen_single", "unseen_combo", "context", "from_column", "from_file", "random_cells"}
 _KINDS |= {"url", "path", "simulation", "census"}
 _KINDS |= {"comparison", "conditions", "sweep", "denoising", "probe", "programs", "identifiability", "latent_map"}
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
+from perturbed.gradient_plan import GradientPlan
 from perturbed.models.spec import MethodSpec, load_method_spec
 from perturbed.run_config import RunConfig, load_config
 from perturbed.study_plan import StudyPlan, methods_of
@@ -64,10 +65,14 @@ class Plan:
         self._check_spelling()
         self.cards: dict[str, Card] = {name: load_card(name, self.config.cards) for name in self.config.dataset}
         self.studies = StudyPlan(self)
-        wanted = dict.fromkeys([*self.config.methods, *self.studies.methods])
+        self.gradients = GradientPlan(self)
+        self._scored = tuple(dict.fromkeys([*self.config.methods, *self.studies.methods]))
+        wanted = dict.fromkeys([*self._scored, *self.gradients.methods])
         self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in wanted}
+        self.methods |= self.gradients.masked_methods(self.methods)
         self._check_names()
         self.studies.check()
+        self.gradients.check()
 
     def _method(self, name: str) -> MethodSpec:
         variant = self.config.variants.get(name)
@@ -81,8 +86,10 @@ class Plan:
     def _check_spelling(self) -> None:
         """Names become wildcards and folders, so they must be plain."""
         config = self.config
-        named = {"dataset": config.dataset, "methods": config.methods, "splits": config.splits}
-        for key, names in {**named, "studies": config.studies, "variants": config.variants}.items():
+        named: dict[str, Iterable[str]] = {"dataset": config.dataset, "methods": config.methods}
+        named["splits"] = config.splits
+        named |= {"studies": config.studies, "variants": config.variants, "gradients": config.gradients}
+        for key, names in named.items():
             for name in names:
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                     raise ConfigError(f"config: {key}: {name!r} is no usable name; use letters, digits, _ and -")
@@ -206,7 +213,7 @@ class Plan:
         """Which method runs on which dataset, and what is missing where it does not."""
         from perturbed.models.capabilities import tabulate
 
-        return tabulate(self.methods, self.cards)
+        return tabulate({name: self.methods[name] for name in self._scored}, self.cards)
 
     @property
     def environments(self) -> list[str]:
@@ -252,11 +259,15 @@ class Plan:
 
     def figure_files(self) -> list[str]:
         """Every figure, as svg; splits that only studies use have none but those of the studies."""
-        run = [self.result(f"figures/{figure}.svg") for figure in RUN_FIGURES]
+        run = [self.result(f"figures/{figure}.svg") for figure in RUN_FIGURES if self._jobs]
         pairs = dict.fromkeys((job.dataset, job.split) for job in self._benchmark)
         names = [(d, s, figure) for d, s in pairs for figure in self.split_figures(d, s)]
         of_splits = [self.result(f"figures/{d}/{s}/{figure}.svg") for d, s, figure in names]
-        return [*run, *of_splits, *self.studies.figures(self.config.studies)]
+        return [*run, *of_splits, *self.studies.figures(self.config.studies), *self.gradients.figures()]
+
+    def table_folder(self) -> list[str]:
+        """The tables of the benchmark, which a run of gradient cases alone does not have."""
+        return [self.result("tables")] if self._jobs else []
 
     def split_figures(self, dataset: str, split: str) -> list[str]:
         """The figures of one dataset and split; curves only where something trains."""
@@ -293,7 +304,7 @@ class Plan:
     def capability_slice(self) -> str:
         """The part of the configuration that says which method can run on which data."""
         keys = {"dataset", "variants", "statistics", "cards", "method_files"}
-        return as_json({**self.config.model_dump(mode="json", include=keys), "methods": list(self.methods)})
+        return as_json({**self.config.model_dump(mode="json", include=keys), "methods": list(self._scored)})
 
     def resource(self, name: str) -> Any:
         """A function of wildcards that gives a resource of the method."""

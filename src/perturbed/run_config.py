@@ -18,6 +18,7 @@ from perturbed.config import (
     as_tuple,
     parse,
 )
+from perturbed.gradients.spec import GradientCase
 from perturbed.study_config import Study
 
 
@@ -54,6 +55,8 @@ class RunConfig(Section):
     statistics: StatisticsSpec = StatisticsSpec()
     studies: dict[str, Study] = Field(default_factory=dict)
     """Studies by name: each makes a table and a figure of its own, and adds the fits that it needs to the run's."""
+    gradients: dict[str, GradientCase] = Field(default_factory=dict)
+    """Gradient cases by name: each fits the decoder it asks, follows its gradients and judges them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the torch models train; `auto` takes a GPU where there is one."""
     threads: int = Field(1, ge=1)

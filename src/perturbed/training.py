@@ -58,6 +58,8 @@ class TrainingOptions(Section):
     patience: int | None = Field(None, ge=1)
     """Stop when the validation loss has not fallen for so many epochs, and keep the best weights. Leave out to train
     all epochs and keep the last weights; without validation cells it has no effect."""
+    min_epochs: int = Field(0, ge=0)
+    """Epochs before which `patience` stops nothing."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay of all weights; raise it where the model overfits."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -235,7 +237,7 @@ class _Loop:
     def finished(self) -> bool:
         """Whether the epochs, the steps or the patience are used up."""
         options, n_done = self.options, len(self.epochs)
-        stale = options.patience is not None and self.best_epoch is not None
+        stale = options.patience is not None and self.best_epoch is not None and n_done >= options.min_epochs
         return (
             n_done >= options.epochs
             or (options.max_steps is not None and self.steps >= options.max_steps)

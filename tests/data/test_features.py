@@ -55,7 +55,7 @@ def test_against_a_dense_reference(world):
     np.testing.assert_allclose(found.table["sd"], kept.std(0), rtol=1e-10)
     np.testing.assert_allclose(found.loadings, dense_pca(kept, 5), atol=1e-8)
     assert found.header["split_sha256"] == split.header["sha256"] and found.header["n_cells"] == len(values)
-    assert found.header["upstream"] is False and found.header["spec"] == FEATURES.model_dump()
+    assert found.header["upstream"] is False and found.header["spec"] == FEATURES.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("n_top", [5, 20, 60])

@@ -3,12 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_decoders import Linear, Toy
 
 from perturbed.decoders.base import take
 from perturbed.errors import DataError
+from perturbed.gradients import jacobian
 from perturbed.gradients.gene_scores import score_genes
-from perturbed.gradients.jacobian import along, gradients_of, jacobians
+from perturbed.gradients.jacobian import along, gradients, gradients_of, jacobians, tangents
 
 LINKS = ["identity", "softplus", "exp", "softmax"]
 Z = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
@@ -65,6 +67,101 @@ def test_forward_and_reverse_agree_with_the_jacobian(link):
     expected = torch.einsum("rg,cgk->crk", readout, full)
     torch.testing.assert_close(gradients_of(decoder, Z, CONTEXT, readout), expected)
     torch.testing.assert_close(gradients_of(decoder, Z, CONTEXT, readout[0]), expected[:, 0])
+
+
+@pytest.mark.parametrize("n_outputs", [1, 3, 4, 9])
+def test_the_cheaper_mode_is_taken_and_equals_the_other(n_outputs, monkeypatch):
+    """Reverse for at most as many outputs as latents (3), forward for more."""
+    decoder, modes = Toy("softmax", n_heads=2), []
+    monkeypatch.setattr(jacobian, "gradients_of", lambda *a, **k: modes.append("reverse") or gradients_of(*a, **k))
+    monkeypatch.setattr(jacobian, "tangents", lambda *a: modes.append("forward") or tangents(*a))
+    names = ("head1", "g3", "g0", "g1", "g2", "head0", "g6", "g5", "g4")[:n_outputs]
+    found = gradients(decoder, Z, CONTEXT, names, memory_mb=2e-4)
+    assert set(modes) == {"reverse" if n_outputs <= 3 else "forward"}
+    full = naive_jacobian(decoder, Z, CONTEXT)
+    torch.testing.assert_close(found, full[:, decoder.find(names)], rtol=1e-5, atol=1e-6)
+    weights = torch.randn(n_outputs, 9, generator=torch.Generator().manual_seed(4))
+    expected = torch.einsum("rg,cgk->crk", weights, full)
+    torch.testing.assert_close(gradients(decoder, Z, CONTEXT, weights), expected, rtol=1e-5, atol=5e-6)
+
+
+def test_derivatives_along_a_direction_hold_heads_too():
+    decoder, direction = Toy(n_heads=2), torch.tensor([1.0, -1.0, 0.5])
+    found = along(decoder, Z, CONTEXT, direction)
+    each = gradients(decoder, Z, CONTEXT, [*decoder.genes, *decoder.heads])
+    torch.testing.assert_close(found, each @ direction, rtol=1e-5, atol=1e-6)
+
+
+class Spy(Toy):
+    """Records how many cells are decoded at a time."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.sizes: list[int] = []
+
+    def hidden(self, z, context):
+        self.sizes.append(len(z))
+        assert all(len(value) == len(z) for value in context.values())
+        return super().hidden(z, context)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_chunks_fit_the_budget_and_pass_every_cell_once(fast):
+    n, n_genes, n_latent = 500, 64, 4
+    z = torch.randn(n, n_latent, generator=torch.Generator().manual_seed(0))
+    context = {"batch": torch.zeros(n, dtype=torch.long)}
+    for budget in (0.02, 0.1):
+        decoder = Spy(n_genes=n_genes, n_latent=n_latent, fast=fast)
+        largest = 0
+        cells = []
+        for chunk in jacobians(decoder, z, context, memory_mb=budget):
+            largest = max(largest, chunk.values.numel() * 4)
+            cells += range(n)[chunk.cells]
+        assert cells == list(range(n))
+        assert budget / 8 * 2**20 < largest <= budget * 2**20
+        assert max(decoder.sizes) * n_genes * n_latent * 4 <= budget * 2**20
+
+
+def test_other_modes_fit_the_budget_too():
+    z = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    context = {"batch": torch.zeros(500, dtype=torch.long)}
+    for call in (
+        lambda d: along(d, z, context, torch.ones(4), memory_mb=0.02),
+        lambda d: gradients(d, z, context, ["g1"], memory_mb=0.02),
+        lambda d: gradients(d, z, context, list(d.genes[:10]), memory_mb=0.02),
+    ):
+        decoder = Spy(n_genes=64, n_latent=4)
+        assert len(call(decoder)) == 500
+        assert max(decoder.sizes) * 64 * 4 <= 0.02 * 2**20
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_memory_does_not_grow_with_cells(fast):
+    """No tensor that scoring makes is larger than a few chunks, however many cells there are."""
+    largest = []
+    for n in (2_000, 20_000):
+        z, context = torch.ones(n, 4), {"batch": torch.zeros(n, dtype=torch.long)}
+        with Largest() as seen:
+            score_genes(Toy(n_genes=64, n_latent=4, fast=fast), z, context, np.ones(4), memory_mb=0.2)
+        largest.append(seen.n_bytes)
+    assert largest[0] == largest[1] <= 0.2 * 2**20  # 2 % of cells × genes × latents
+
+
+class Largest(TorchDispatchMode):
+    """Sees every tensor that is made."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else (out,)
+        sizes = [
+            x.numel() * x.itemsize
+            for x in made
+            if isinstance(x, torch.Tensor) and 2_000 not in x.shape and 20_000 not in x.shape
+        ]
+        self.n_bytes = max([self.n_bytes, *sizes])
+        return out
 
 
 def test_a_linear_decoder_gives_its_weights():

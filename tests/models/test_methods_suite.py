@@ -29,7 +29,15 @@ from quick_methods import QUICK, write_side_files
 FOLDER = Path(__file__).parents[2] / "config" / "methods"
 SKIPPED = {"external": "has no predictions of its own; see test_external.py"}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-PREDICTS_UNSEEN_GENES = {"no_change", "mean_effect", "matching_mean", "pca_ridge", "embedding"}
+PREDICTS_UNSEEN_GENES = {
+    "no_change",
+    "mean_effect",
+    "matching_mean",
+    "pca_ridge",
+    "embedding",
+    "nb_vae",
+    "nb_vae_gaussian",
+}
 ORDER_FREE = {
     "no_change",
     "mean_effect",

@@ -156,11 +156,14 @@ def test_kernels_are_inner_products_of_the_features_they_stand_for():
 
 def test_curvature_of_three_sums_over_pairs():
     a, b, c = effects = np.random.default_rng(1).normal(size=(3, 7))
-    total, even, odd = curvature(effects)
+    background = np.array([0.0, 0.01, 0.5, 1, 2, 3, 4])
+    total, even, odd, linked_even, linked_odd = curvature(effects, background)
     np.testing.assert_allclose(total, a + b + c)
     np.testing.assert_allclose(even, a * b + a * c + b * c)
     pairs = ((a, b), (a, c), (b, c))
     np.testing.assert_allclose(odd, sum(np.abs(x) * y + np.abs(y) * x for x, y in pairs))
+    slope = np.maximum(1 - np.exp(-background), 0.05)
+    np.testing.assert_allclose([linked_even, linked_odd], [even / slope, odd / slope])
 
 
 def test_the_evidence_finds_the_kernel_that_made_the_residuals():
@@ -169,13 +172,13 @@ def test_the_evidence_finds_the_kernel_that_made_the_residuals():
     kernel = features @ features.T
     other = np.kron(np.eye(20), np.ones((3, 3)))
     drawn = np.linalg.cholesky(kernel + np.eye(60)) @ rng.normal(size=(60, 40))
-    fit = fit_interaction(np.zeros((60, 3, 40)), np.stack([other, kernel]), drawn)
+    fit = fit_interaction(np.zeros((60, 5, 40)), np.stack([other, kernel]), drawn)
     assert fit.share[1] == pytest.approx(1.0, rel=0.3)
     assert fit.share[0] < 0.1
     expected = kernel[:5] @ np.linalg.solve(kernel + np.eye(60), drawn)
-    found = np.stack([fit.predict(np.zeros((3, 40)), np.stack([other[i], kernel[i]])) for i in range(5)])
+    found = np.stack([fit.predict(np.zeros((5, 40)), np.stack([other[i], kernel[i]])) for i in range(5)])
     assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
-    null = fit_interaction(np.zeros((60, 3, 40)), np.stack([other, kernel]), rng.normal(size=(60, 40)))
+    null = fit_interaction(np.zeros((60, 5, 40)), np.stack([other, kernel]), rng.normal(size=(60, 40)))
     assert (null.share < 0.05).all()
 
 

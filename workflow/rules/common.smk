@@ -4,6 +4,7 @@ from os import environ
 from os.path import relpath
 from pathlib import Path
 
+from perturbed.gradient_plan import CASE_FIGURES
 from perturbed.jobs import print_longest
 from perturbed.plan import RUN_FIGURES, SPLIT_FIGURES, read_plan
 from perturbed.study_config import SCORED, STUDY_KINDS
@@ -30,4 +31,6 @@ wildcard_constraints:
     method="|".join(plan.methods),
     seed=r"\d+",
     study="|".join(plan.config.studies) or "(?!)",
+    case="|".join(plan.config.gradients) or "(?!)",
+    part="|".join(plan.gradients.parts) or "(?!)",
     environment="|".join(plan.environments) or "(?!)",

@@ -106,7 +106,7 @@ rule resolve_config:
 rule report:
     input:
         figures=plan.figure_files(),
-        tables=plan.result("tables"),
+        tables=plan.table_folder(),
         config=plan.result("config.yaml"),
     output:
         html=plan.result("report.html"),

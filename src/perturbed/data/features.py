@@ -25,9 +25,9 @@ _N_BINS = 20
 def compute_features(prepared: AnnData, split: Split, spec: FeatureSpec) -> Features:
     """Genes, scaling and PCA from the cells whose part is `train`; validation cells are not looked at.
 
-    Genes: the `n_hvg` most variable ones and, with `keep_perturbed`, those perturbed in training, in the order of the
-    prepared file. Mean and standard deviation (population) are plain ones over training cells. The PCA is of the
-    centred, unscaled values; `n_pcs` is capped at the rank.
+    Genes: the `n_hvg` most variable ones, those of `keep_genes` and, with `keep_perturbed`, those perturbed in
+    training, in the order of the prepared file. Mean and standard deviation (population) are plain ones over training
+    cells. The PCA is of the centred, unscaled values; `n_pcs` is capped at the rank.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def choose_genes(train: sparse.csr_matrix, var: pd.DataFrame, spec: FeatureSpec,
     var
         Gene table; names in the index and `symbol`.
     spec
-        `n_hvg` and `keep_perturbed`.
+        `n_hvg`, `keep_perturbed` and `keep_genes`.
     perturbed
         Genes perturbed in training, by name or symbol.
     """
@@ -108,8 +108,8 @@ def choose_genes(train: sparse.csr_matrix, var: pd.DataFrame, spec: FeatureSpec,
     order = np.lexsort((names, -np.where(np.isnan(dispersion), -np.inf, dispersion)))  # ties by name
     kept = np.zeros(n_genes, dtype=bool)
     kept[order[: spec.n_hvg]] = True
-    if spec.keep_perturbed:
-        kept |= var.index.isin(perturbed) | var["symbol"].isin(perturbed).to_numpy()
+    wanted = {*spec.keep_genes, *(perturbed if spec.keep_perturbed else ())}
+    kept |= var.index.isin(wanted) | var["symbol"].isin(wanted).to_numpy()
     return np.flatnonzero(kept)
 
 

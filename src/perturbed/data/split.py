@@ -9,18 +9,29 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from perturbed.config import Context, FromColumn, FromFile, HeldoutCells, SplitSpec, UnseenCombo, UnseenSingle
-from perturbed.data.contracts import PARTS, Split, read_split
+from perturbed.config import (
+    Context,
+    FromColumn,
+    FromFile,
+    HeldoutCells,
+    RandomCells,
+    SplitSpec,
+    UnseenCombo,
+    UnseenSingle,
+)
+from perturbed.data.contracts import PARTS, Split
+from perturbed.data.given_splits import parts_of_column, parts_of_file
 from perturbed.errors import DataError, suggest
 from perturbed.names import CONTROL, genes_of
 
 log = logging.getLogger(__name__)
+
+_ByCondition = HeldoutCells | UnseenSingle | UnseenCombo | Context
 
 
 def make_split(obs: pd.DataFrame, spec: SplitSpec, fold: int = 0, *, dataset: str = "", name: str = "") -> Split:
@@ -30,7 +41,8 @@ def make_split(obs: pd.DataFrame, spec: SplitSpec, fold: int = 0, *, dataset: st
     training; at least one stays. With a fraction of 0.5, folds 2j and 2j+1 use complementary halves, so that an average
     over an even number of folds weighs all controls equally. Validation cells are `val_fraction` of each training
     condition (perturbation × context), at least one cell of which stays in training; their draw is the same in every
-    fold. The kinds `from_column` and `from_file` take all parts from the source and draw nothing.
+    fold. The kinds `from_column` and `from_file` take all parts from the source and draw nothing; `random_cells` draws
+    cells, controls among them, and tests no perturbation as such.
 
     Parameters
     ----------
@@ -63,9 +75,11 @@ def make_split(obs: pd.DataFrame, spec: SplitSpec, fold: int = 0, *, dataset: st
         raise DataError(f"split {name!r}: cell {cells.index[cells.index.duplicated()][0]!r} occurs twice; rename one")
     where = f"split {name!r} ({spec.kind}, fold {fold})"
     if isinstance(spec, FromColumn):
-        cells["part"] = _parts_of_column(obs, spec, where)
+        cells["part"] = parts_of_column(obs, spec, where)
     elif isinstance(spec, FromFile):
-        cells["part"] = _parts_of_file(cells, spec, fold, dataset, where)
+        cells["part"] = parts_of_file(cells, spec, fold, dataset, where)
+    elif isinstance(spec, RandomCells):
+        cells["part"] = _draw_cells(cells.sort_index(), spec, where).reindex(cells.index)
     else:
         cells = cells.sort_index()  # draws must not depend on the order of the rows
         cells["part"] = _ASSIGN[type(spec)](cells, spec, fold, where)
@@ -74,7 +88,7 @@ def make_split(obs: pd.DataFrame, spec: SplitSpec, fold: int = 0, *, dataset: st
         _cap_training(cells, spec)
         cells = cells.reindex(obs.index.astype(str))
     cells["subgroup"] = subgroups(cells)
-    _check_parts(cells, where)
+    _check_parts(cells, where, needs_test=not isinstance(spec, RandomCells))
     header = {"dataset": dataset, "split": name, "fold": fold, "seed": spec.seed}
     header["spec"] = spec.model_dump(mode="json", exclude={"methods", "datasets"})
     split = Split(cells[["perturbation", "part", "subgroup"]].rename_axis("cell"), header)
@@ -220,76 +234,31 @@ _ASSIGN: dict[type, Callable[[pd.DataFrame, Any, int, str], np.ndarray]] = {
 }
 
 
-# --- kinds that bring all parts with them ----------------------------------------------------------------------------
-
-
-def _parts_of_column(obs: pd.DataFrame, spec: FromColumn, where: str) -> np.ndarray:
-    if spec.column not in obs:
-        raise DataError(
-            f"{where}: no obs column {spec.column!r} in the prepared file; name it in the card's keys.keep "
-            f"({suggest(spec.column, map(str, obs.columns))})"
-        )
-    text = obs[spec.column].astype(object).where(obs[spec.column].notna(), "").astype(str)
-    part = text.map(lambda value: spec.values.get(value, value))
-    unknown = sorted(set(text[~part.isin(PARTS)]))
-    if unknown:
-        raise DataError(
-            f"{where}: column {spec.column!r} holds {unknown[0]!r}, which is not one of {', '.join(PARTS)}; say what "
-            "it means in `values`"
-        )
-    return part.to_numpy(dtype=object)
-
-
-def _parts_of_file(cells: pd.DataFrame, spec: FromFile, fold: int, dataset: str, where: str) -> np.ndarray:
-    """Parts by cell name; cells the file does not name are not used."""
-    path = spec.path.replace("{dataset}", dataset).replace("{fold}", str(fold))
-    if spec.folds > 1 and "{fold}" not in spec.path:
-        raise DataError(f"{where}: `folds` is {spec.folds} but {{fold}} does not stand in `path`; add it")
-    table = _read_foreign(Path(path))
-    strangers = table.index.difference(cells.index)
-    if len(strangers):
-        raise DataError(
-            f"{path}: {len(strangers)} cells are not in the prepared data, such as {strangers[0]!r}; use the cell "
-            "names of prepared.h5ad, and leave out cells that quality control dropped"
-        )
-    if "perturbation" in table:
-        ours = cells["perturbation"].reindex(table.index)
-        differ = table.index[(table["perturbation"] != ours).to_numpy()]
-        if len(differ):
-            cell = differ[0]
-            raise DataError(
-                f"{path}: cell {cell!r} is {table.loc[cell, 'perturbation']!r} there but {ours[cell]!r} in the "
-                f"prepared data ({len(differ)} such cells); use canonical names, or leave the column out"
-            )
-    return table["part"].reindex(cells.index).fillna("unused").to_numpy(dtype=object)
-
-
-def _read_foreign(path: Path) -> pd.DataFrame:
-    """A split.csv of ours, or a plain csv with the columns `cell` and `part`."""
-    try:
-        with open(path, encoding="utf-8") as handle:
-            ours = handle.readline().startswith("# ")
-        if ours:
-            return read_split(path).table
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path}: cannot be read as a split ({reason}); check `path`") from None
-    for column in ("cell", "part"):
-        if column not in table:
-            raise DataError(f"{path}: column {column!r} is missing; a split needs `cell` and `part`")
-    if table["cell"].duplicated().any():
-        raise DataError(f"{path}: cell {table['cell'][table['cell'].duplicated()].iloc[0]!r} stands in two rows")
-    unknown = sorted(set(table["part"]) - set(PARTS))
-    if unknown:
-        raise DataError(f"{path}: part {unknown[0]!r} is not one of {', '.join(PARTS)}")
-    return table.set_index("cell")
+def _draw_cells(cells: pd.DataFrame, spec: RandomCells, where: str) -> pd.Series:
+    """Part of each cell, drawn whatever its condition; the shares are of the cells that are used."""
+    part = pd.Series("train", index=cells.index, dtype=object)
+    for name, share in sorted(spec.keep.items()):
+        own = cells.index[cells["perturbation"] == name]
+        if own.empty:
+            raise DataError(f"{where}: keep: no perturbation {name!r}; {suggest(name, cells['perturbation'].unique())}")
+        part[_shuffle(own, spec.seed, "keep", name)[_share(len(own), share) :]] = "unused"
+    used = cells[part == "train"]
+    strata = used["perturbation"] + "|" + used["context"] if spec.stratified else pd.Series("all", index=used.index)
+    for stratum, members in used.groupby(strata, sort=True).groups.items():
+        order = _shuffle(members, spec.seed, "cells", stratum)
+        n_test = min(_share(len(order), spec.test_fraction), len(order) - 1)
+        n_val = min(_share(len(order), spec.val_fraction), len(order) - 1 - n_test)
+        part[order[:n_test]] = "test"
+        part[order[n_test : n_test + n_val]] = "val"
+    # no subgroup stands for a combination that trains, so its cells are not tested
+    part[(_n_genes(cells) > 1) & (part == "test").to_numpy()] = "unused"
+    return part
 
 
 # --- controls, validation, subgroups --------------------------------------------------------------------------------
 
 
-def _draw_controls(cells: pd.DataFrame, spec: SplitSpec, fold: int) -> None:
+def _draw_controls(cells: pd.DataFrame, spec: _ByCondition, fold: int) -> None:
     """Move test controls out of training, in the contexts that are tested."""
     tested = cells.loc[cells["part"] == "test", "context"].unique()
     for context in sorted(tested):
@@ -303,7 +272,7 @@ def _draw_controls(cells: pd.DataFrame, spec: SplitSpec, fold: int) -> None:
         cells.loc[held[: max(0, len(order) - 1)], "part"] = "test"
 
 
-def _draw_validation(cells: pd.DataFrame, spec: SplitSpec) -> None:
+def _draw_validation(cells: pd.DataFrame, spec: _ByCondition) -> None:
     """Move a share of every training condition to validation; a condition's only cell trains."""
     train = cells[cells["part"] == "train"]
     conditions = train["perturbation"] + "|" + train["context"]
@@ -313,7 +282,7 @@ def _draw_validation(cells: pd.DataFrame, spec: SplitSpec) -> None:
         cells.loc[order[:n_val], "part"] = "val"
 
 
-def _cap_training(cells: pd.DataFrame, spec: SplitSpec) -> None:
+def _cap_training(cells: pd.DataFrame, spec: _ByCondition) -> None:
     """Move training cells beyond the caps to the unused ones; one order per condition makes smaller caps nested."""
     train = cells[cells["part"] == "train"]
     conditions = train["perturbation"] + "|" + train["context"]
@@ -356,7 +325,7 @@ def subgroups(cells: pd.DataFrame) -> np.ndarray:
     return np.array([known[pair] if is_tested else "" for pair, is_tested in zip(pairs, tested)], dtype=object)
 
 
-def _check_parts(cells: pd.DataFrame, where: str) -> None:
+def _check_parts(cells: pd.DataFrame, where: str, *, needs_test: bool) -> None:
     perturbed = cells["perturbation"] != CONTROL
     sizes = _n_genes(cells)
     counts = ", ".join(
@@ -365,7 +334,7 @@ def _check_parts(cells: pd.DataFrame, where: str) -> None:
     )
     counts += f", {int((~perturbed).sum())} control cells"
     for part, mask in (("test", perturbed), ("train", perturbed | True)):
-        if not ((cells["part"] == part) & mask).any():
+        if (needs_test or part == "train") and not ((cells["part"] == part) & mask).any():
             what = "perturbed cell to test" if part == "test" else "cell to train on"
             raise DataError(
                 f"{where}: leaves no {what} (the data hold {counts}); choose another kind, or loosen its fractions"

@@ -7,7 +7,7 @@ Batched derivatives rely on that, and on evaluation mode (no dropout, frozen bat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -91,10 +91,14 @@ class Decoder(ABC):
         """The last linear layer, if the decoder ends in one; derivatives are then matrix products."""
         return None
 
-    def outputs(self, z: Tensor, context: Context) -> Tensor:
-        """Expression and heads side by side (n_cells, n_genes + n_heads)."""
+    def outputs(self, z: Tensor, context: Context, columns: Sequence[int] | None = None) -> Tensor:
+        """Expression and heads side by side (n_cells, n_genes + n_heads), or only some `columns` of them.
+
+        Decoders whose genes do not depend on one another override this, so that few columns cost little.
+        """
         decoded = self.decode(z, context)
-        return torch.cat([decoded.expression, decoded.heads], dim=1) if self.heads else decoded.expression
+        everything = torch.cat([decoded.expression, decoded.heads], dim=1) if self.heads else decoded.expression
+        return everything if columns is None else everything[:, list(columns)]
 
     def find(self, names: tuple[str, ...] | list[str]) -> list[int]:
         """Columns of `outputs` of genes and heads by name.

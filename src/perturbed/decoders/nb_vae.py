@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
@@ -37,6 +39,20 @@ class NBVAEDecoder(Decoder):
         """Decode latents."""
         activation, heads = self.module.activations(z)
         return Decoded(self.module.expression(activation), heads)
+
+    def outputs(self, z: Tensor, context: Context, columns: Sequence[int] | None = None) -> Tensor:
+        """Expression and heads side by side; of some `columns`, only their rows of the last layer are computed."""
+        if columns is None:
+            return super().outputs(z, context)
+        chosen = torch.as_tensor(list(columns), dtype=torch.long, device=z.device)
+        output, n_genes = self.module.output, len(self.genes)
+        raw = F.linear(self.module.trunk(z), output.weight[chosen], output.bias[chosen])
+        if not self.heads:
+            return self.module.expression(raw)
+        ones = torch.ones(n_genes, device=z.device)
+        scale = torch.cat([ones, self.module.head_scale])[chosen]
+        centre = torch.cat([0 * ones, self.module.head_centre])[chosen]
+        return torch.where(chosen < n_genes, self.module.expression(raw), raw * scale + centre)
 
     def hidden(self, z: Tensor, context: Context) -> Tensor:
         """Activations before the last linear layer."""

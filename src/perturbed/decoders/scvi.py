@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -123,6 +124,8 @@ def _unpickle_trusted(file: Path, trust_sha256: str | None, error: Exception) ->
 class SCVIDecoder(Decoder):
     """Decoder and encoder of a trained SCVI model; expression is `px_scale`, the expected share of counts.
 
+    `batches` are the batches it was trained on, `batch_column` the column that named them.
+
     Parameters
     ----------
     checkpoint
@@ -141,6 +144,7 @@ class SCVIDecoder(Decoder):
         attributes = checkpoint["attr_dict"]
         fields = attributes["registry_"]["field_registries"]
         self._refuse_covariates(fields)
+        self.batch_column: str | None = fields["batch"]["state_registry"].get("original_key")
         self.batches = tuple(map(str, fields["batch"]["state_registry"]["categorical_mapping"]))
         options = {**attributes["init_params_"]["non_kwargs"]}
         for nested in attributes["init_params_"]["kwargs"].values():
@@ -149,6 +153,8 @@ class SCVIDecoder(Decoder):
         # what the weights say is true, whatever the description says
         options["n_hidden"] = int(state["decoder.px_scale_decoder.0.weight"].shape[1])
         options["n_latent"] = int(state["z_encoder.mean_encoder.weight"].shape[0])
+        options["use_size_factor_key"] = bool(fields.get("size_factor", {}).get("data_registry"))
+        options["use_observed_lib_size"] = True  # a learned library has no say in the share of counts
         self.module = VAE(n_input=len(self.genes), n_batch=len(self.batches), n_labels=_n_labels(fields), **options)
         problems = self.module.load_state_dict(state, strict=False)
         unfit = [*problems.missing_keys, *problems.unexpected_keys]
@@ -232,15 +238,31 @@ class SCVIDecoder(Decoder):
         Raises
         ------
         DataError
-            If fewer than `min_share` of the model's genes are there, or the values are no counts.
+            If the layer or too many of the model's genes are missing, or the values are no counts.
         """
+        if layer is not None and layer not in adata.layers:
+            raise DataError(f"no layer {layer!r} in the data; {suggest(layer, adata.layers)}")
         matrix = sparse.csr_matrix(adata.X if layer is None else adata.layers[layer])
-        place = adata.var_names.get_indexer(list(self.genes))
+        return self.arrange(matrix, list(adata.var_names), min_share=min_share)
+
+    def arrange(self, matrix: sparse.csr_matrix, genes: Sequence[str], *, min_share: float = 0.5) -> sparse.csr_matrix:
+        """Counts on the model's genes, in its order; the errors are those of `counts_of`.
+
+        Parameters
+        ----------
+        matrix
+            Counts, CSR (n_cells, n_genes).
+        genes
+            Names of its columns.
+        min_share
+            As in `counts_of`.
+        """
+        place = pd.Index(genes).get_indexer(list(self.genes))
         share = float((place >= 0).mean())
         if share < min_share:
             raise DataError(
                 f"only {share:.0%} of the model's genes are in the data; the model names them like {self.genes[0]!r}, "
-                f"the data like {adata.var_names[0]!r}"
+                f"the data like {genes[0]!r}"
             )
         sample = matrix.data[:100_000]
         if (sample < 0).any() or (sample != np.round(sample)).any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,24 +24,13 @@ FLOWS = {
 N_ARROWS = 250
 """Cells that show their arrow where there is no grid."""
 N_GENES = 12
-"""Genes that stand in the gene panel beside the targets."""
-
-
-def read_case(folder: str | Path) -> dict[str, pd.DataFrame]:
-    """The tables of one case; an empty file is an empty table."""
-    tables = {}
-    for path in sorted(Path(folder).glob("*.csv")):
-        try:
-            tables[path.stem] = pd.read_csv(path)
-        except pd.errors.EmptyDataError:
-            tables[path.stem] = pd.DataFrame()
-    return tables
+"""Genes in the gene panel, targets among them."""
 
 
 def draw_case(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
-    """Draw a case from the tables of `perturbed.gradients.cases.run_case`."""
+    """Draw a case from the gathered tables of `perturbed.gradients.gather`, by name."""
     names = ["map", "agreement"]
-    names += ["genes"] if _shown_genes(tables["genes"]).size else []
+    names += ["genes"] if len(_shown_genes(tables["genes_seeds"])) else []
     names += ["paths"] if len(tables.get("paths", ())) else []
     rows, columns = arrange_panels(len(names), 2)
     figure = new_figure(WIDTH, 3.9 * rows)
@@ -75,7 +63,9 @@ def draw_map(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
                 *centre, marker, ms=9, mfc=ARMS[arm], mec="white", mew=1.3, ls="none", label=f"mean, {arm}", zorder=6
             )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handletextpad=0.3, columnspacing=1.0)
-    axes.set_title("Flow in latent space", loc="left")
+    judged = list(dict.fromkeys(tables["agreement_seeds"]["judged"]))
+    which = "" if judged == ["all"] else f", one fit (labels of {judged[0].replace('_', ' ')} masked)"
+    axes.set_title(f"Flow in latent space{which}", loc="left")
 
 
 def _draw_cells(axes: Axes, cells: pd.DataFrame) -> None:
@@ -117,7 +107,8 @@ def _draw_arrows(axes: Axes, cells: pd.DataFrame) -> None:
 
 
 def _draw_agreement(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
-    table = tables["agreement"]
+    """Thin: the intervals of all seeds together. Thick: the range of the seeds. Marker: their mean."""
+    table = tables["agreement_seeds"]
     groups = list(dict.fromkeys(table["group"]))
     flows = [flow for flow in FLOWS if flow in set(table["flow"])]
     axes.axvline(0, color=GREY, lw=0.8)
@@ -125,43 +116,55 @@ def _draw_agreement(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
         colour, marker, name = FLOWS[flow]
         rows = table[table["flow"] == flow]
         y = np.array([groups.index(group) for group in rows["group"]]) + 0.2 * (place - (len(flows) - 1) / 2)
-        axes.hlines(y, rows["low"], rows["high"], color=colour, lw=1.8)
-        axes.plot(rows["cosine"], y, marker, color=colour, ms=5, ls="none", label=name)
+        axes.hlines(y, rows["low"], rows["high"], color=colour, lw=0.9)
+        axes.hlines(y, rows["cosine_min"], rows["cosine_max"], color=colour, lw=2.6)
+        axes.plot(rows["cosine"], y, marker, color=colour, ms=4.5, ls="none", label=name)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlim(-1.05, 1.05)
-    axes.set_xlabel("cosine with the observed shift, interval over " + "s, ".join(sorted(set(table["unit"]))) + "s")
+    what = "the local gradient of time" if set(table["flow"]) == {"gradient, against time"} else "the observed shift"
+    units = " and ".join(f"{unit}s" for unit in sorted(set(table["unit"])))
+    axes.set_xlabel(f"cosine with {what}; thin: interval over {units}, thick: range of seeds")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), handletextpad=0.3)
-    axes.set_title("Does the flow point where perturbed cells are?", loc="left")
+    axes.set_title("Does the flow point where it should?", loc="left")
 
 
-def _shown_genes(table: pd.DataFrame) -> np.ndarray:
+def _shown_genes(table: pd.DataFrame) -> list[str]:
     """Targets and genes of interest: those that were ranked among genes like them."""
-    whole = table[(table["group"] == "all") & table["percentile_among_alike"].notna()]
-    order = whole.sort_values(["is_target", "cosine"], ascending=[False, False])
-    return np.asarray(order["gene"].head(N_GENES))
+    ranked = table[table["percentile_among_alike"].notna()]
+    mean = ranked.groupby("gene").agg(is_target=("is_target", "max"), cosine=("cosine", "mean"))
+    return list(mean.sort_values(["is_target", "cosine"], ascending=[False, False]).index[:N_GENES])
 
 
 def _draw_genes(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
-    table = tables["genes"]
-    table = table[table["group"] == table["group"].iloc[0]].set_index("gene")
-    shown = _shown_genes(tables["genes"])
+    """All cells where one model answers for all groups; each masked group and their mean else."""
+    table = tables["genes_seeds"]
+    table = table if "all" not in set(table["group"]) else table[table["group"] == "all"]
+    shown = _shown_genes(table)
     values = table["cosine"].dropna()
     low, high = np.quantile(values, [0.025, 0.975])
     axes.axvspan(low, high, color=PALE, lw=0, zorder=0)
     axes.axvline(values.median(), color=GREY, lw=1, ls=(0, (4, 2)))
     for y, gene in enumerate(shown):
-        row = table.loc[gene]
-        axes.plot(row["cosine"], y, "o", ms=5.5, color=OKABE_ITO[1] if row["is_target"] else OKABE_ITO[2])
+        rows = table[table["gene"] == gene]
+        colour = OKABE_ITO[1] if rows["is_target"].any() else OKABE_ITO[2]
+        if len(rows) > 1:
+            axes.plot(rows["cosine"], np.full(len(rows), y), "|", ms=8, color=colour, alpha=0.6)
+        label = {"gradient": "gradient", "axis": "correlation with the axis"} if y == 0 else {}
+        axes.plot(rows["cosine"].mean(), y, "o", ms=5.5, color=colour, label=label.get("gradient"))
+        axes.plot(rows["correlation"].mean(), y, "x", ms=5, color=GREY, label=label.get("axis"))
         axes.annotate(
-            f"{100 * row['percentile_among_alike']:.0f} % of alike",
+            f"{100 * rows['percentile_among_alike'].mean():.0f} %",
             (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7.5, color=GREY,
         )  # fmt: skip
+    axes.annotate("above of\ngenes alike", (1.02, -0.75), xycoords=("axes fraction", "data"), fontsize=7, color=GREY)
     axes.set_yticks(range(len(shown)), shown)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(-1.05, 1.05)
-    axes.set_xlabel("cosine with the shift; band: 95 % of all genes")
-    axes.set_title("Genes along the shift", loc="left")
+    axis = "shift" if len(tables["arrivals_seeds"]) else "flow"
+    axes.set_xlabel(f"cosine of a gene's gradient with the {axis}; band: 95 % of all genes")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handletextpad=0.3)
+    axes.set_title(f"Genes along the {axis}", loc="left")
 
 
 def _draw_paths(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:

@@ -48,7 +48,7 @@ RC: Any = {
 _KNOWN = (
     "perturbedvae", "additive", "shrunk_saturating", "mean_effect", "pca_ridge", "matching_mean", "no_change",
     "gears", "knn", "elastic_net", "random_forest", "pca_additive", "scvi_additive", "discrepancy_vae", "sena",
-    "svae_plus", "sams_vae", "embedding", "external",
+    "svae_plus", "sams_vae", "embedding", "external", "shrunk_interaction",
 )  # fmt: skip
 
 REFERENCE_TITLES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +12,27 @@ import pandas as pd
 import torch
 
 from perturbed.decoders.base import Decoder
-from perturbed.errors import DataError
+from perturbed.errors import DataError, suggest
 from perturbed.files import atomic
 from perturbed.gradients.agreement import arrivals, compare_with_shift, cosine, match_genes, mean_gradients
 from perturbed.gradients.cells import LatentCells, column_of, decoder_of, encode_cells, select
+from perturbed.gradients.expression import correlate_genes, reconstruction_errors
 from perturbed.gradients.flow import Manifold, Move, follow, map_flow, velocity
+from perturbed.gradients.projection import (
+    MAX_CELLS,
+    MAX_MOVED,
+    MAX_UMAP,
+    draw_rows,
+    project_by_umap,
+    project_linearly,
+)
 from perturbed.gradients.quality import best_kmeans_ari, head_scores, local_gradient
 from perturbed.gradients.spec import GradientCase
 from perturbed.models.base import Method, load_model
+from perturbed.models.nb_vae import NBVAE
 
+UNTRAINED = 1_000_003
+"""Added to the seed of the untrained decoder, so that no fit ever started from its weights."""
 MAX_PATHS = 1000
 """Cells whose trajectories are followed."""
 
@@ -60,8 +73,8 @@ def run_case(
     model, prepared, split, features
         The fitted decoder and the cells.
     out
-        Folder to write: `agreement.csv`, `genes.csv`, `arrivals.csv`, `heads.csv`, `quality.csv`, `cells.csv`,
-        `paths.csv` and, in two dimensions, `field.csv`.
+        Folder to write: `agreement.csv`, `genes.csv`, `arrivals.csv`, `heads.csv`, `quality.csv`, `cells.csv` (at most
+        5,000 of them), `paths.csv`, in two dimensions `field.csv`, and with `umap` `umap.csv` and `umap_arrows.csv`.
     seed
         Of the bootstrap, the nulls and the choice of cells drawn.
     judged_group
@@ -74,18 +87,23 @@ def run_case(
     """
     method = load_model(model)
     case = _prepare(spec, method, prepared, split, features, seed)
-    groups = [g for g in _groups(case) if judged_group is None or g[0] == judged_group]
-    if not groups:
-        raise DataError(f"no group has {spec.min_cells} cells in each arm; lower min_cells")
+    groups = list(_judged_groups(case, judged_group))
+    axes = {name: _axis(case, inside) for name, inside in groups}
+    starts = {name: np.flatnonzero(inside & case.start) for name, inside in groups}
+    projections = {name: (rows, case.cells.z[rows] @ axes[name]) for name, rows in starts.items()}
+    correlation = correlate_genes(prepared, case.decoder.genes, projections)
+    genes = [_gene_table(case, name, starts[name], axes[name], correlation[name]) for name, _ in groups]
     tables = {
         "agreement": pd.DataFrame(_agreement_rows(case, groups, method)),
-        "genes": pd.concat([_gene_table(case, *group) for group in groups], ignore_index=True),
+        "genes": pd.concat(genes, ignore_index=True),
         "arrivals": pd.DataFrame([_arrival_row(case, *group) for group in groups if case.goal is not None]),
-        "heads": pd.DataFrame(_head_rows(case, method, prepared)),
-        "quality": pd.DataFrame(_quality_rows(case)),
+        "heads": pd.DataFrame(_head_rows(case, method, judged_group)),
+        "quality": pd.DataFrame(_quality_rows(case, method, prepared)),
         "cells": _cell_table(case),
-        "paths": _path_table(case),
+        "paths": _path_table(case, None if judged_group is None else groups[0][1]),
     }
+    if spec.umap:
+        tables["umap"], tables["umap_arrows"] = _umap_tables(case)
     if case.decoder.n_latent == 2:
         tables["field"] = _field_table(case)
     with atomic(out) as part:
@@ -117,6 +135,32 @@ def _groups(case: Case) -> Iterator[tuple[str, np.ndarray]]:
         arms = [case.start, *([] if case.goal is None else [case.goal])]
         if all(int((inside & arm).sum()) >= case.spec.min_cells for arm in arms):
             yield name, inside
+
+
+def _judged_groups(case: Case, only: str | None) -> Iterator[tuple[str, np.ndarray]]:
+    """The groups that the case asks for, or the one whose labels were masked.
+
+    Raises
+    ------
+    DataError
+        If a group that is named does not exist or has too few cells.
+    """
+    found = dict(_groups(case))
+    wanted = [only] if only is not None else ["all", *case.spec.judged] if case.spec.judged else list(found)
+    for name in wanted:
+        if name not in found:
+            known = set(column_of(case.cells.obs, str(case.spec.groups))) if case.spec.groups else {"all"}
+            if name in known:
+                raise DataError(f"group {name!r} has fewer than {case.spec.min_cells} cells in an arm; lower min_cells")
+            raise DataError(f"no cell has {case.spec.groups} {name!r}; {suggest(name, known)}")
+        yield name, found[name]
+
+
+def _axis(case: Case, inside: np.ndarray) -> np.ndarray:
+    """What genes are compared with: the observed shift, or where there is none the case's own mean velocity."""
+    if case.goal is not None:
+        return _shift(case, inside)
+    return np.asarray(case.velocity[inside & case.start].mean(axis=0))
 
 
 def _shift(case: Case, inside: np.ndarray) -> np.ndarray:
@@ -178,32 +222,34 @@ def _compare_with_time(case: Case, inside: np.ndarray) -> dict[str, Any]:
 
 def _untrained_velocity(case: Case, method: Method) -> np.ndarray:
     """Velocity of the same network with fresh weights, at the trained one's latents."""
-    from copy import deepcopy
+    decoder = fresh_decoder(method, case.seed)
+    place = case.cells.encoded.mean, case.cells.encoded.context
+    return np.asarray(velocity(decoder, *place, case.moves, unit=case.spec.unit))
 
+
+def fresh_decoder(method: Method, seed: int) -> Decoder:
+    """The decoder of the same network with fresh weights."""
     fresh = deepcopy(method)
     module: Any = fresh.module  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
+        torch.manual_seed(UNTRAINED + seed)  # with the fit's own seed it would be what training started from
         for part in module.modules():
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
-    decoder = decoder_of(fresh)
-    return np.asarray(
-        velocity(decoder, case.cells.encoded.mean, case.cells.encoded.context, case.moves, unit=case.spec.unit)
-    )
+    found: Decoder = decoder_of(fresh)
+    return found
 
 
 # --- genes --------------------------------------------------------------------------------------------------------
 
 
-def _gene_table(case: Case, name: str, inside: np.ndarray) -> pd.DataFrame:
-    """Every gene's mean gradient against the shift, and where the targets rank among genes like them."""
-    start = inside & case.start
-    z, context = case.cells.encoded.mean[torch.from_numpy(start)], case.cells.encoded.context
-    inside_context = {key: value[torch.from_numpy(start)] for key, value in context.items()}
-    mean = mean_gradients(case.decoder, z, inside_context, np.zeros(len(z), dtype=int), 1)[0]
-    axis = _shift(case, inside) if case.goal is not None else case.velocity[start].mean(axis=0)
+def _gene_table(case: Case, name: str, rows: np.ndarray, axis: np.ndarray, correlation: np.ndarray) -> pd.DataFrame:
+    """Every gene's mean gradient against the axis, and where the targets rank among genes like them."""
+    index = torch.from_numpy(rows)
+    context = {key: value[index] for key, value in case.cells.encoded.context.items()}
+    mean = mean_gradients(case.decoder, case.cells.encoded.mean[index], context, np.zeros(len(rows), dtype=int), 1)[0]
     table = pd.DataFrame({"group": name, "gene": case.decoder.genes, "cosine": cosine(mean, axis)})
+    table["correlation"] = correlation
     table["norm"] = np.linalg.norm(mean, axis=1)
     table["projection"] = mean @ axis / max(float(np.linalg.norm(axis)), 1e-12)
     table["is_target"] = table["gene"].isin([t for move in case.moves for t in move.targets])
@@ -252,9 +298,9 @@ def _arrival_row(case: Case, name: str, inside: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _path_table(case: Case) -> pd.DataFrame:
-    """Mean decoded expression of the recorded genes along the way."""
-    _, path = _followed(case, np.ones(len(case.start), dtype=bool))
+def _path_table(case: Case, inside: np.ndarray | None) -> pd.DataFrame:
+    """Mean decoded expression of the recorded genes along the way, from all unperturbed cells or a group's."""
+    _, path = _followed(case, np.ones(len(case.start), dtype=bool) if inside is None else inside)
     rows = [
         {"step": step, "gene": gene, "mean": path.outputs[step, :, k].mean(), "sd": path.outputs[step, :, k].std()}
         for step in range(len(path.outputs))
@@ -272,39 +318,51 @@ def _field_table(case: Case) -> pd.DataFrame:
 
 def _cell_table(case: Case) -> pd.DataFrame:
     """Cells to draw: latents projected to two dimensions (themselves, or principal components), with their arrows."""
-    z = case.cells.z.astype(float)
-    centre = z.mean(axis=0)
-    if z.shape[1] <= 2:
-        basis = np.eye(z.shape[1], 2)
-        centre = np.zeros(z.shape[1])
-    else:
-        basis = np.linalg.svd(z - centre, full_matrices=False)[2][:2].T
-        basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), [0, 1]])
-    place, arrow = (z - centre) @ basis, case.velocity @ basis
+    place, arrow = project_linearly(case.cells.z.astype(float), case.velocity)
+    table = pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "u": arrow[:, 0], "v": arrow[:, 1]})
+    table = pd.concat([table, _about_cells(case)], axis=1)
+    return table.iloc[draw_rows(len(table), MAX_CELLS, case.seed)]
+
+
+def _about_cells(case: Case) -> pd.DataFrame:
     arm = np.where(case.start, "unperturbed", "other")
     if case.goal is not None:
         arm = np.where(case.goal, "perturbed", arm)
-    table = pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "u": arrow[:, 0], "v": arrow[:, 1], "arm": arm})
-    table["part"] = case.cells.obs["part"].to_numpy()
+    table = pd.DataFrame({"arm": arm, "part": case.cells.obs["part"].to_numpy()})
     table["group"] = "all" if case.spec.groups is None else column_of(case.cells.obs, case.spec.groups)
     if case.spec.time is not None:
         table["time"] = pd.to_numeric(case.cells.obs[case.spec.time], errors="coerce").to_numpy()
     return table
 
 
+def _umap_tables(case: Case) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cells in a UMAP, and arrows from some unperturbed ones to where the flow takes them."""
+    rows = draw_rows(len(case.start), MAX_UMAP, case.seed)
+    followed, path = _followed(case, np.ones(len(case.start), dtype=bool))
+    moved = draw_rows(len(followed), MAX_MOVED, case.seed)
+    place, ends = project_by_umap(case.cells.z[rows], path.z[0][moved], path.z[-1][moved], case.seed)
+    cells = pd.DataFrame({"x": place[:, 0], "y": place[:, 1]})
+    cells = pd.concat([cells, _about_cells(case).iloc[rows].reset_index(drop=True)], axis=1)
+    step = ends[1] - ends[0]
+    return cells, pd.DataFrame({"x": ends[0][:, 0], "y": ends[0][:, 1], "u": step[:, 0], "v": step[:, 1]})
+
+
 # --- quality ------------------------------------------------------------------------------------------------------
 
 
-def _head_rows(case: Case, method: Method, prepared: Path) -> Iterator[dict[str, Any]]:
-    """Heads on training and on held-out cells, whatever labels were masked in training."""
+def _head_rows(case: Case, method: Method, masked: str | None) -> Iterator[dict[str, Any]]:
+    """Heads on the cells of each part, whatever labels were hidden in training, and on the masked group's."""
     heads = getattr(method.params, "heads", {})
     with torch.no_grad():
         decoded = case.decoder.decode(case.cells.encoded.mean, case.cells.encoded.context).heads.numpy()
+    parts = {part: (case.cells.obs["part"] == part).to_numpy() for part in ("train", "val", "test")}
+    if masked is not None:
+        parts["masked group"] = column_of(case.cells.obs, str(case.spec.groups)) == masked
     for k, (name, head) in enumerate(heads.items()):
         column = column_of(case.cells.obs, head.column)
         known = ~np.isin(column, [*head.unknown, "nan", ""])
-        for part in ("train", "val", "test"):
-            rows = known & (case.cells.obs["part"] == part).to_numpy()
+        for part, inside in parts.items():
+            rows = known & inside
             if rows.sum() < 2:
                 continue
             values = column[rows]
@@ -313,21 +371,12 @@ def _head_rows(case: Case, method: Method, prepared: Path) -> Iterator[dict[str,
                 yield {"head": name, "part": part, "metric": metric, "value": value, "n_cells": int(rows.sum())}
 
 
-def _quality_rows(case: Case) -> Iterator[dict[str, Any]]:
-    labels = column_of(case.cells.obs, case.spec.groups) if case.spec.groups else None
-    if labels is not None:
-        rows = np.sort(np.random.default_rng(case.seed).permutation(len(labels))[:5000])
+def _quality_rows(case: Case, method: Method, prepared: Path) -> Iterator[dict[str, Any]]:
+    if isinstance(method, NBVAE):
+        yield from reconstruction_errors(method, prepared, case.cells)
+    if case.spec.groups is not None:
+        labels = column_of(case.cells.obs, case.spec.groups)
+        rows = draw_rows(len(labels), MAX_CELLS, case.seed)
         ari, k = best_kmeans_ari(case.cells.z[rows], labels[rows], seed=case.seed)
-        yield {
-            "metric": "ari_best_kmeans",
-            "value": ari,
-            "n_cells": len(rows),
-            "note": f"k = {k}, chosen by the labels",
-        }
-    spread = case.cells.z.std(axis=0)
-    yield {
-        "metric": "latent_sd",
-        "value": float(spread.mean()),
-        "n_cells": len(case.start),
-        "note": "mean over latents",
-    }
+        note = f"k = {k}, chosen by the labels"
+        yield {"part": "all", "metric": "ari_best_kmeans", "value": ari, "n_cells": len(rows), "note": note}

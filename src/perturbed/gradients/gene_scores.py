@@ -115,11 +115,13 @@ class _Sums:
         real = norm * slope
         defined = real > min_norm * real.amax(dim=0, keepdim=True)
         cosine = torch.where(defined, dot / torch.where(defined, norm, torch.ones_like(norm)), torch.zeros_like(dot))
-        parts = {"cosine": cosine, "projection": dot * slope, "norm": real, "n_defined": defined.float()}
-        for k in np.unique(group):
-            inside = torch.from_numpy(np.flatnonzero(group == k)).to(values.device)
+        parts = {"cosine": cosine, "projection": dot * slope, "norm": real, "n_defined": defined}
+        present = np.unique(group)
+        for k in present:
+            inside = torch.from_numpy(np.flatnonzero(group == k)).to(values.device) if len(present) > 1 else None
             for key, part in parts.items():
-                self.totals[key][k] += part[:, inside].sum(dim=1, dtype=torch.float64).cpu().numpy()
+                chosen = part if inside is None else part[:, inside]  # indexing would copy
+                self.totals[key][k] += chosen.sum(dim=1, dtype=torch.float64).cpu().numpy()
 
     def means(self, n_cells: np.ndarray) -> GroupScores:
         t = self.totals

@@ -3,7 +3,7 @@
 Three ways, equal up to rounding:
 
 - **forward**: directional derivatives of all outputs along one direction per cell (`along`), one pass;
-- **reverse**: gradients of a few readouts (`gradients_of`), one pass each;
+- **reverse**: gradients of a few readouts (`gradients_of`), one pass each; `gradients` chooses between the two;
 - **by matrix products**: where `expression = link(W hidden(z) + b)`, the Jacobian of a cell is `D (W − 1 w̄ᵀ) J`, with J
   the small Jacobian of the hidden layer, D the diagonal of the link's slope and, for softmax only, `w̄ = Wᵀ p`. J costs
   one forward pass per latent through the hidden layers alone; the rest is one matrix product per chunk of cells.
@@ -13,7 +13,7 @@ No array of cells × genes × latents is ever held: cells pass in chunks whose J
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ from torch.func import jvp, vmap
 from perturbed.decoders.base import Context, Decoder, LastLayer, chunks, take
 
 MEMORY_MB = 32.0
-"""Default budget of the largest temporary array; what fits a processor's cache is fastest."""
+"""Default budget of a chunk's Jacobian, the largest temporary array; what fits a processor's cache is fastest."""
+TANGENT_COPIES = 3
+"""Arrays of a Jacobian's size that forward mode holds at a time."""
 
 
 class CellJacobian(NamedTuple):
@@ -69,6 +71,60 @@ def along(decoder: Decoder, z: Tensor, context: Context, direction: Tensor, *, m
     return torch.cat(parts)
 
 
+def gradients(
+    decoder: Decoder,
+    z: Tensor,
+    context: Context,
+    outputs: Sequence[str] | Tensor,
+    *,
+    memory_mb: float = MEMORY_MB,
+) -> Tensor:
+    """Gradients of outputs, or of linear readouts of them, in the cheaper mode.
+
+    Reverse mode costs one pass through the decoder per output, forward mode one per latent (of all outputs), each about
+    as much as a decoding: reverse is taken for at most `n_latent` outputs, forward for more.
+
+    Parameters
+    ----------
+    decoder, z, context, memory_mb
+        As in `along`.
+    outputs
+        Names of genes and heads, or weights of the outputs (n_readouts, n_genes + n_heads).
+
+    Returns
+    -------
+    Tensor
+        (n_cells, n_readouts, n_latent).
+
+    Raises
+    ------
+    DataError
+        If a name is no output of the decoder.
+    """
+    if isinstance(outputs, Tensor):
+        readout = outputs
+    else:
+        readout = torch.zeros(len(outputs), len(decoder.genes) + len(decoder.heads), dtype=z.dtype)
+        readout[torch.arange(len(outputs)), decoder.find(tuple(outputs))] = 1.0
+    if len(readout) <= decoder.n_latent:
+        return gradients_of(decoder, z, context, readout, memory_mb=memory_mb)
+    columns, weights = _used(readout)
+    size = cells_in(memory_mb, 4 * (len(decoder.genes) + len(decoder.heads)) * decoder.n_latent * TANGENT_COPIES)
+    parts = []
+    with torch.no_grad():
+        for rows in chunks(len(z), size):
+            inside = take(context, rows)
+            change = tangents(lambda x, c=inside: decoder.outputs(x, c, columns), z[rows])
+            parts.append(torch.einsum("kno,ro->nrk", change, weights))
+    return torch.cat(parts)
+
+
+def _used(readout: Tensor) -> tuple[list[int], Tensor]:
+    """The outputs that readouts weigh, and their weights (n_readouts, n_used)."""
+    used = torch.nonzero(readout.any(dim=0)).ravel()
+    return used.tolist(), readout[:, used]
+
+
 def gradients_of(
     decoder: Decoder, z: Tensor, context: Context, readout: Tensor, *, memory_mb: float = MEMORY_MB
 ) -> Tensor:
@@ -79,8 +135,7 @@ def gradients_of(
     decoder, z, context, memory_mb
         As in `along`.
     readout
-        Weights of the outputs (n_readouts, n_genes + n_heads), one readout (n_genes + n_heads,) or, for a readout of
-        each cell's own, use one row per cell through `readout_of_cells`.
+        Weights of the outputs (n_readouts, n_genes + n_heads), or one readout (n_genes + n_heads,).
 
     Returns
     -------
@@ -88,18 +143,18 @@ def gradients_of(
         (n_cells, n_readouts, n_latent), or (n_cells, n_latent) for one readout; cost: about two decodings each.
     """
     single = readout.ndim == 1
-    weights = readout[None] if single else readout
+    columns, weights = _used(readout[None] if single else readout)
     parts = []
-    for rows in chunks(len(z), cells_in(memory_mb, 4 * weights.shape[1])):
+    for rows in chunks(len(z), cells_in(memory_mb, 4 * readout.shape[-1])):
         inside = z[rows].detach().requires_grad_(True)
         with torch.enable_grad():
-            values = decoder.outputs(inside, take(context, rows)) @ weights.T
+            values = decoder.outputs(inside, take(context, rows), columns) @ weights.T
             # rows are independent, so the gradient of the sum over cells holds the gradient of each cell
-            columns = [
+            each = [
                 torch.autograd.grad(values[:, k].sum(), inside, retain_graph=k + 1 < len(weights))[0]
                 for k in range(len(weights))
             ]
-        parts.append(torch.stack(columns, dim=1))
+        parts.append(torch.stack(each, dim=1))
     result = torch.cat(parts)
     return result[:, 0] if single else result
 
@@ -139,7 +194,7 @@ def jacobians(
     last = decoder.last_layer()
     if logits and last is None:
         raise ValueError("logits need a decoder that ends in a linear layer; leave `logits` off")
-    copies = 1 if last is not None else 3
+    copies = 1 if last is not None else TANGENT_COPIES
     size = cells_in(memory_mb, 4 * len(decoder.genes) * decoder.n_latent * copies)
     with torch.no_grad():
         for rows in chunks(len(z), size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perturbed.config import Names, Section
 
@@ -36,8 +36,10 @@ class GradientCase(Section):
     """Split whose training cells the decoder saw; its test cells are those that heads are judged on."""
     method: str
     """The decoder: an `nb_vae` or `perturbedvae` method or variant of the run."""
-    moves: tuple[MoveSpec, ...] = Field(min_length=1)
+    moves: tuple[MoveSpec, ...] = ()
     """The perturbations, applied together."""
+    screen: bool = False
+    """Instead of `moves`: every perturbation whose genes are all outputs of the decoder, each against its own shift."""
     unperturbed: CellGroup
     """Where flows start."""
     perturbed: CellGroup | None = None
@@ -49,7 +51,12 @@ class GradientCase(Section):
     replicates: str | None = None
     """Column of donors or replicates, the unit of the bootstrap; without it the unit is the cell, which is said."""
     masked_groups: bool = False
-    """Judge each group by a decoder whose heads saw none of its labels: one fit per group."""
+    """Judge each group of `judged` by a decoder whose heads saw none of its labels: one fit per group."""
+    judged: tuple[str, ...] = ()
+    """Groups to judge; leave out for all with enough cells. Needed where groups are masked, because the fits are
+    planned before any data are read."""
+    seeds: int | None = Field(None, ge=1)
+    """How many of the run's seeds to fit; leave out for as many as the method runs with."""
     min_cells: int = Field(20, ge=2)
     """Groups with fewer cells in either arm are left out."""
     genes: tuple[str, ...] = ()
@@ -70,7 +77,33 @@ class GradientCase(Section):
     """Permutations of labels."""
     untrained: bool = True
     """Ask a decoder with fresh weights the same."""
+    umap: bool = False
+    """Draw a UMAP of the latents too, with arrows from cells to where `n_steps` steps take them."""
     answers: tuple[str, ...] = ()
-    """Targets that this case answers, such as `paper_b_fig2`."""
+    """Targets that this case answers, such as `paper_b_celegans`."""
     title: str = ""
-    """Title in the report."""
+    """Title in the report; else the case's name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GradientCase:
+        if self.screen == bool(self.moves):
+            raise ValueError("give either `moves` or `screen: true`")
+        if self.screen and (self.time or self.masked_groups or self.umap or self.perturbed):
+            raise ValueError("a screen takes no `perturbed`, `time`, `masked_groups` or `umap`")
+        if not self.screen and self.perturbed is None and self.time is None:
+            raise ValueError("say where the flow should lead: `perturbed` or `time`")
+        if self.masked_groups and not (self.groups and self.judged):
+            raise ValueError("masked_groups needs `groups`, the column, and `judged`, the groups")
+        if self.judged and not self.groups:
+            raise ValueError("`judged` names groups of a column; name it in `groups`")
+        return self
+
+
+PAPER_B = (
+    "paper_b_irf8_flow",
+    "paper_b_irf8_umap",
+    "paper_b_cardiotoxin",
+    "paper_b_celegans",
+    "paper_b_quality",
+)
+"""Targets: the figures of the decoder paper (Genes 16:1439) whose data are a case here."""

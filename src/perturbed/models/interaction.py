@@ -17,21 +17,29 @@ SHARES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Signal-to-noise ratios of each kernel that are averaged over."""
 
 
-def curvature(effects: np.ndarray) -> np.ndarray:
-    """Second-order terms of a combination, gene by gene (3, n_genes).
+FLOOR = 0.05
+"""Smallest slope of the logarithm's link that curvature is divided by."""
 
-    The sum `Σ_a f_a`, the products `Σ_{a<b} f_a f_b` (synergy), and `Σ_{a<b} (|f_a| f_b + |f_b| f_a)`, which is odd
-    (saturation or reinforcement towards either side).
+
+def curvature(effects: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Second-order terms of a combination, gene by gene (5, n_genes).
+
+    The sum `Σ_a f_a`, the products `Σ_{a<b} f_a f_b` (synergy) and `Σ_{a<b} (|f_a| f_b + |f_b| f_a)`, which is odd
+    (saturation or reinforcement towards either side); and both products over `1 − exp(−c)`. The latter is the slope of
+    log(1 + x) in log x at the background c: effects that combine in the log-rate have their products over it.
 
     Parameters
     ----------
     effects
         Single effects of the genes combined (n_members, n_genes).
+    background
+        Log-normalised expression of control, c (n_genes,).
     """
     total = effects.sum(axis=0)
     even = (total**2 - (effects**2).sum(axis=0)) / 2
     odd = np.abs(effects).sum(axis=0) * total - (np.abs(effects) * effects).sum(axis=0)
-    return np.stack([total, even, odd])
+    slope = np.maximum(-np.expm1(-np.maximum(background, 0)), FLOOR)
+    return np.stack([total, even, odd, even / slope, odd / slope])
 
 
 def saturate_norm(total: np.ndarray, exponent: float, unit: float) -> np.ndarray:
@@ -82,7 +90,7 @@ class Interaction:
     Parameters
     ----------
     slope
-        Weights of `curvature` (3,).
+        Weights of `curvature` (n_terms,).
     share
         Posterior mean signal-to-noise ratio of the shared-gene and of the product kernel (2,).
     weights
@@ -95,7 +103,7 @@ class Interaction:
     weights: np.ndarray
 
     def predict(self, terms: np.ndarray, kernels: np.ndarray) -> np.ndarray:
-        """Interaction of a combination (n_genes,) from its `curvature` (3, n_genes) and kernel values (2, n)."""
+        """Interaction of a combination (n_genes,) from its `curvature` (n_terms, n_genes) and kernel values (2, n)."""
         return np.asarray(self.slope @ terms + np.einsum("kn,kng->g", kernels, self.weights))
 
 
@@ -110,7 +118,7 @@ def fit_interaction(terms: np.ndarray, kernels: np.ndarray, residual: np.ndarray
     Parameters
     ----------
     terms
-        `curvature` of the training combinations (n, 3, n_genes).
+        `curvature` of the training combinations (n, n_terms, n_genes).
     kernels
         The two kernels among them (2, n, n).
     residual

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from perturbed.config import Section
 from perturbed.errors import DataError, MethodError, UnseenPerturbationError, suggest
+from perturbed.files import sha256_text
 from perturbed.models.base import FitRun, Method, TrainingData
 from perturbed.models.nb_vae_module import Architecture, Batch, HeadKind, LossTerms, NBVAEModule
 from perturbed.models.nn.likelihoods import gather_counts
 from perturbed.names import CONTROL, genes_of
-from perturbed.training import Random, Task, TrainingOptions, fingerprint, seeded_weights, train
+from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
 
 CHUNK = 2048
 
@@ -72,11 +73,11 @@ def warm_up_exponentially(epoch: int, n_epochs: int) -> float:
     return 1.0 if epoch >= n_epochs or n_epochs == 0 else math.expm1((epoch + 1) / n_epochs) / math.expm1(1.0)
 
 
-def encoder_input(X: sparse.csr_matrix, likelihood: str) -> np.ndarray:
+def encoder_input(X: sparse.csr_matrix, likelihood: str) -> sparse.csr_matrix:
     """What the encoder sees of cells: `log(1 + counts / mean count)` for counts, log-normalised expression else.
 
     Counts over their mean within the cell are the same for counts and for their normalised version, so that
-    log-normalised expression is all that is needed.
+    log-normalised expression is all that is needed. Zeros stay zeros, so it is done once, on the stored values.
 
     Parameters
     ----------
@@ -87,20 +88,34 @@ def encoder_input(X: sparse.csr_matrix, likelihood: str) -> np.ndarray:
 
     Returns
     -------
-    ndarray
-        Dense float32 (n_cells, n_genes).
+    csr_matrix
+        float32 (n_cells, n_genes); shares the index arrays of `X`.
     """
-    dense = np.asarray(X.toarray(), dtype=np.float32)
     if likelihood == "gaussian":
-        return dense
-    np.expm1(dense, out=dense)
-    mean = dense.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-    np.divide(dense, mean, out=dense, where=mean > 0)
-    return np.log1p(dense, out=dense)
+        return X
+    values = np.expm1(X.data)
+    linear = sparse.csr_matrix((values, X.indices, X.indptr), shape=X.shape, copy=False)
+    mean = np.asarray(linear.sum(axis=1), dtype=np.float64).ravel() / X.shape[1]
+    factor = np.divide(1.0, mean, out=np.zeros_like(mean), where=mean > 0).astype(np.float32)
+    values *= np.repeat(factor, np.diff(X.indptr))
+    return sparse.csr_matrix((np.log1p(values, out=values), X.indices, X.indptr), shape=X.shape, copy=False)
+
+
+class _Cells(NamedTuple):
+    """What training steps draw from."""
+
+    x: sparse.csr_matrix
+    """Input of the encoder (n_cells, n_genes)."""
+    labels: np.ndarray
+    """Values of the heads (n_cells, n_heads)."""
+    counts: sparse.csr_matrix | None
+    """Counts, for their likelihood."""
+    size: np.ndarray | None
+    """Mean count of each cell (n_cells,)."""
 
 
 class NBVAE(Method):
-    """Variational autoencoder of cells with auxiliary heads, and a predictor by its gradients (Bjerregaard et al. 2025).
+    """Variational autoencoder with auxiliary heads, and a predictor by its gradients (Bjerregaard et al. 2025).
 
     No perturbation label is seen in training unless a head names the column. `predict_one` starts from control cells,
     follows the gradient of the perturbed genes' decoded expression in unit steps, and adds the decoded change, times
@@ -130,7 +145,7 @@ class NBVAE(Method):
         MethodError
             If the likelihood needs counts that are not there.
         DataError
-            If a head's column does not exist or holds no known label.
+            If a head's column does not exist or holds no known label, or its name is a gene's.
         """
         self.check(data)
         self._genes, self._contexts = tuple(data.genes), tuple(sorted(set(data.context)))
@@ -141,13 +156,14 @@ class NBVAE(Method):
         train_rows = np.flatnonzero(~data.is_val)
         self._start(data, labels[train_rows], train_rows)
         self.module.to(run.device)
-        size = None if data.counts is None else np.maximum(np.asarray(data.counts.mean(axis=1)).ravel(), 1e-8)
+        cells = self._cells(data, labels)
         task = Task(
             self.module,
-            lambda rows, random, epoch: self._step(data, labels, size, rows, random, epoch),
+            lambda rows, random, epoch: self._step(cells, rows, random, epoch),
             train_rows,
             np.flatnonzero(data.is_val),
-            fingerprint(data, self.params, run.seed),
+            # the labels of heads come from covariates, which the common fingerprint does not cover
+            sha256_text(fingerprint(data, self.params, run.seed) + labels.tobytes().hex()),
         )
         train(task, self.params, run)
         self.module.eval().to("cpu")
@@ -158,14 +174,16 @@ class NBVAE(Method):
         """Values of the heads; NaN where unknown or masked (n_cells, n_heads)."""
         values = np.full((len(data.perturbation), len(self.params.heads)), np.nan, dtype=np.float32)
         for k, (name, head) in enumerate(self.params.heads.items()):
+            if name in data.genes:
+                raise DataError(f"head {name!r}: a gene has this name; choose another for the head")
             column = self._column(data, head.column, name)
             known = ~np.isin(column, [*head.unknown, "nan", ""])
             for key, masked in head.mask.items():
                 known &= ~np.isin(self._column(data, key, name), masked)
             rng = np.random.default_rng([seed, 11, k])
             known &= rng.random(len(known)) < head.labelled_fraction
-            if not known.any():
-                raise DataError(f"head {name!r}: no cell has a known label in column {head.column!r}")
+            if not (known & ~data.is_val).any():
+                raise DataError(f"head {name!r}: no training cell has a known label in column {head.column!r}")
             if head.kind == "binary":
                 values[known, k] = np.isin(column[known], head.positive)
             else:
@@ -211,22 +229,21 @@ class NBVAE(Method):
             mean = np.where(share > 20, share, np.log(np.expm1(np.minimum(share, 20))))  # inverse of softplus
         self.module.output.bias[: len(self._genes)] = torch.from_numpy(mean.astype(np.float32))
 
-    def _step(
-        self,
-        data: TrainingData,
-        labels: np.ndarray,
-        size: np.ndarray | None,
-        rows: np.ndarray,
-        random: Random,
-        epoch: int | None,
-    ) -> LossTerms:
+    def _cells(self, data: TrainingData, labels: np.ndarray) -> _Cells:
+        x = encoder_input(data.X, self.params.likelihood)
+        if not self.needs_counts:
+            return _Cells(x, labels, None, None)
+        assert data.counts is not None
+        size = np.maximum(np.asarray(data.counts.mean(axis=1)).ravel(), 1e-8)
+        return _Cells(x, labels, data.counts, size)
+
+    def _step(self, cells: _Cells, rows: np.ndarray, random: Random, epoch: int | None) -> LossTerms:
         device = str(random.torch.device)
-        x = torch.from_numpy(encoder_input(data.X[rows], self.params.likelihood)).to(device)
         counts = None
-        if self.needs_counts:
-            assert data.counts is not None and size is not None
-            counts = gather_counts(data.counts, rows, size, device)
-        batch = Batch(x, torch.from_numpy(labels[rows]).to(device), counts)
+        if cells.counts is not None:
+            assert cells.size is not None
+            counts = gather_counts(cells.counts, rows, cells.size, device)
+        batch = Batch(dense_rows(cells.x, rows, device), torch.from_numpy(cells.labels[rows]).to(device), counts)
         weight = 1.0 if epoch is None else warm_up_exponentially(epoch, self.params.warm_up_epochs)
         noise = torch.randn(len(rows), self.params.n_latent, generator=random.torch, device=random.torch.device)
         weights = torch.tensor([head.weight for head in self.params.heads.values()], device=random.torch.device)
@@ -240,7 +257,7 @@ class NBVAE(Method):
         parts = []
         for start in range(0, X.shape[0], CHUNK):
             part = encoder_input(X[start : start + CHUNK], self.params.likelihood)
-            parts.append(self.module.encode(torch.from_numpy(part)))
+            parts.append(self.module.encode(dense_rows(part, np.arange(part.shape[0]))))
         mean = torch.cat([m for m, _ in parts]).numpy()
         return mean, torch.cat([v for _, v in parts]).sqrt().numpy()
 

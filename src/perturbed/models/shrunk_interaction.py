@@ -22,13 +22,17 @@ from perturbed.models.interaction import (
 from perturbed.models.shrinkage import LEVELS, denoise, measure_noise
 from perturbed.names import CONTROL, genes_of
 
+N_TERMS = 5
+PRIOR_COUNT = 4.0
+"""Training combinations that the sub-additive prior is worth: with n of them its exponent is γ · 4 / (4 + n)."""
+
 
 class ShrunkInteractionParams(Section):
     """Hyper-parameters."""
 
     saturation: float = Field(0.2, ge=0, lt=1)
     """Prior sub-additivity γ: the sum s of effects is multiplied by (‖s‖ / unit)^−γ, where the unit is the root mean
-    square of the single effects' norms. 0 makes unseen combinations additive."""
+    square of the single effects' norms. 0 makes unseen combinations additive. Combinations in training take over."""
     whitening: float = Field(0.5, ge=0, le=1)
     """Power of the noise covariance in which singular values are shrunk: 1 full whitening, 0 none."""
     n_noise_factors: int = Field(20, ge=0)
@@ -89,16 +93,17 @@ class ShrunkInteraction(DenoisedEffects):
             and len(genes_of(name)) > 1
             and all(gene in self._row for gene in genes_of(name))
         )
+        n = len(self._learnt)
+        self._exponent = self.params.saturation * PRIOR_COUNT / (PRIOR_COUNT + n)
         self._prepare()
-        if not self._learnt:
-            self._interaction = Interaction(np.zeros(3), np.zeros(2), np.zeros((2, 0, len(self._genes))))
+        if not n:
+            self._interaction = Interaction(np.zeros(N_TERMS), np.zeros(2), np.zeros((2, 0, len(self._genes))))
             return
-        residual = self._effect[[self._row[name] for name in self._learnt]] - np.stack(
-            [self._prior(rows) for rows in self._combinations]
-        )
-        terms = np.stack([curvature(self._effect[rows]) for rows in self._combinations])
+        effect = self._effect[[self._row[name] for name in self._learnt]]
+        prior = np.stack([self._prior(rows) for rows in self._combinations])
+        terms = np.stack([self._terms(rows) for rows in self._combinations])
         kernels = np.stack([self._kernels(rows) for rows in self._combinations], axis=1)
-        self._interaction = fit_interaction(terms, kernels, residual)
+        self._interaction = fit_interaction(terms, kernels, effect - prior)
 
     def _prepare(self) -> None:
         """Everything that effects and names decide."""
@@ -111,7 +116,10 @@ class ShrunkInteraction(DenoisedEffects):
         self._combinations = [self._members(name) for name in self._learnt]
 
     def _prior(self, rows: np.ndarray) -> np.ndarray:
-        return saturate_norm(self._effect[rows].sum(axis=0), self.params.saturation, self._unit)
+        return saturate_norm(self._effect[rows].sum(axis=0), self._exponent, self._unit)
+
+    def _terms(self, rows: np.ndarray) -> np.ndarray:
+        return curvature(self._effect[rows], self._background.mean(axis=0))
 
     def _kernels(self, rows: np.ndarray) -> np.ndarray:
         """Values of both kernels against the learnt combinations (2, n)."""
@@ -122,13 +130,18 @@ class ShrunkInteraction(DenoisedEffects):
         rows = self._members(perturbation)
         effect = self._prior(rows)
         if self._learnt:
-            effect = effect + self._interaction.predict(curvature(self._effect[rows]), self._kernels(rows))
+            effect = effect + self._interaction.predict(self._terms(rows), self._kernels(rows))
         return np.asarray(effect)
 
     def state(self) -> dict[str, Any]:
         """Backgrounds, effects and the interaction, float64."""
         fitted = self._interaction
-        return super().state() | {"slope": fitted.slope, "share": fitted.share, "weights": fitted.weights}
+        return super().state() | {
+            "exponent": np.array(self._exponent),
+            "slope": fitted.slope,
+            "share": fitted.share,
+            "weights": fitted.weights,
+        }
 
     def meta(self) -> dict[str, Any]:
         """Names, and the combinations the interaction was learnt from."""
@@ -138,5 +151,6 @@ class ShrunkInteraction(DenoisedEffects):
         """Restore what `state` and `meta` returned."""
         super().load_state(state, meta)
         self._learnt = tuple(meta["learnt"])
+        self._exponent = float(state["exponent"])
         self._prepare()
         self._interaction = Interaction(*(np.asarray(state[key]) for key in ("slope", "share", "weights")))

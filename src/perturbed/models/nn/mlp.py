@@ -29,7 +29,7 @@ class MLP(nn.Sequential):
     the precision of the data.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the layers in turn."""
         return super().forward(x).to(x.dtype)
 

@@ -1,0 +1,225 @@
+"""The figures of the gradient cases by kind: flow, UMAP, screen, and the decoders' quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from perturbed.errors import ConfigError, DataError, suggest
+from perturbed.figures.flow import ARMS, draw_case
+from perturbed.figures.style import GREY, OKABE_ITO, RC, WIDTH, draw_note, new_figure, save
+from perturbed.gradients.gather import read_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCREENED = {
+    "gradient": (OKABE_ITO[1], "o", "decoder's gradient"),
+    "covariance": (OKABE_ITO[0], "s", "covariance of gene and latents"),
+    "untrained decoder": (GREY, "D", "untrained decoder"),
+}
+"""Look and name of each flow of a screen."""
+MEASURES = {
+    "cosine": ("cosine with the observed shift", 0.0),
+    "percentile_among_alike": ("share of random genes alike that agree less", 0.5),
+    "percentile_among_targets": ("share of other targets that agree less", 0.5),
+}
+"""Panels of a screen, each with its value without knowledge."""
+QUALITY = {
+    "mse_log1p_scaled": "MSE, log1p\nof scaled", "mae_log1p_scaled": "MAE, log1p\nof scaled",
+    "mse_log_normalised": "MSE, log-\nnormalised", "mae_log_normalised": "MAE, log-\nnormalised",
+    "ari_best_kmeans": "ARI, best\nk-means", "accuracy": "accuracy", "f1": "F1", "auc": "AUC",
+    "spearman": "Spearman", "mae": "MAE of\nthe head",
+}  # fmt: skip
+"""Columns of the quality table."""
+PARTS = {"train": "training cells", "val": "validation cells", "test": "test cells", "all": "all cells"}
+
+
+def draw_case_figure(kind: str, tables: Path, out_stem: Path, title: str = "") -> None:
+    """Draw one figure of a case and write `out_stem.svg`, `.png` and `.csv` (the numbers drawn).
+
+    Parameters
+    ----------
+    kind
+        `flow`, `umap` or `screen`.
+    tables
+        Folder of `perturbed.gradients.gather.gather_flows`.
+    out_stem
+        Path without suffix.
+    title
+        Title of the figure.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such kind.
+    DataError
+        If the folder lacks the tables.
+    """
+    draws: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "flow": (draw_case, ("agreement_seeds", "arrivals_seeds", "genes_seeds", "paths", "field", "cells")),
+        "umap": (draw_umap, ("umap", "umap_arrows")),
+        "screen": (draw_screen, ("agreement_seeds", "screen_seeds")),
+    }
+    if kind not in draws:
+        raise ConfigError(f"flow draw: no kind {kind!r}; {suggest(kind, draws)}")
+    draw, names = draws[kind]
+    found = {name: read_csv(tables / f"{name}.csv") for name in names if (tables / f"{name}.csv").is_file()}
+    missing = [name for name in names if name not in found and name != "field"]
+    if missing:
+        raise DataError(f"{tables}: no {missing[0]}.csv; make the folder with `perturbed flow gather`")
+    source = pd.concat([table.assign(table=name) for name, table in found.items()], ignore_index=True)
+    first = ["table", *(column for column in source if column != "table")]
+    if "genes_seeds" in found:  # thousands of genes stand in the case's own tables; here those that are shown
+        unranked = (source["table"] == "genes_seeds") & source["percentile_among_alike"].isna()
+        source = source[~unranked]
+    _save(lambda: draw(found, title), source[first], out_stem)
+
+
+def draw_quality_figure(folders: Sequence[Path], out_stem: Path, titles: Mapping[str, str]) -> None:
+    """Draw how good the decoders of all cases are and write `out_stem.svg`, `.png` and `.csv`.
+
+    Parameters
+    ----------
+    folders
+        Gathered tables, each called `CASE/tables`.
+    out_stem
+        Path without suffix.
+    titles
+        Titles of the cases, by name.
+    """
+    rows = []
+    for folder in folders:
+        for name in ("quality", "heads"):
+            path = folder / f"{name}.csv"
+            table = read_csv(path) if path.is_file() else pd.DataFrame()
+            if len(table):
+                rows.append(table.assign(case=folder.parent.name))
+    if not rows:
+        _save(lambda: draw_note("No case of this run has a decoder of its own to judge."), pd.DataFrame(), out_stem)
+        return
+    long = pd.concat(rows, ignore_index=True)
+    grouped = long.groupby(["case", "part", "metric"], sort=False)
+    source = grouped["value"].agg(mean="mean", min="min", max="max", n="size").reset_index()
+    _save(lambda: draw_quality(source, titles), source, out_stem)
+
+
+def _save(draw: Any, source: pd.DataFrame, out_stem: Path) -> None:
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever matplotlibrc the user has
+        mpl.rcParams.update(RC)
+        drawn = draw()
+        save(drawn[0] if isinstance(drawn, tuple) else drawn, source, out_stem)
+
+
+def draw_umap(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
+    """UMAP of the latents by arm and by group, with arrows from unperturbed cells to where the steps take them."""
+    cells, arrows = tables["umap"], tables["umap_arrows"]
+    figure = new_figure(WIDTH, 4.9)
+    left, right = figure.subplots(1, 2)
+    look: dict[str, Any] = {"s": 5, "lw": 0, "alpha": 0.5, "rasterized": True}
+    for arm, colour in ARMS.items():
+        inside = cells["arm"] == arm
+        if inside.any():
+            left.scatter(cells.loc[inside, "x"], cells.loc[inside, "y"], color=colour, label=arm, **look)
+    left.quiver(
+        arrows["x"], arrows["y"], arrows["u"], arrows["v"], angles="xy", scale_units="xy", scale=1, width=0.0025,
+        color="#222222", zorder=4,
+    )  # fmt: skip
+    groups = list(cells["group"].value_counts().index)
+    for place, group in enumerate(groups):
+        inside = cells["group"] == group
+        marker = ("o", "^", "s")[place // len(OKABE_ITO) % 3]
+        colour = OKABE_ITO[place % len(OKABE_ITO)]
+        right.scatter(cells.loc[inside, "x"], cells.loc[inside, "y"], color=colour, label=group, marker=marker, **look)
+    for axes, name in ((left, "Where the steps take unperturbed cells"), (right, "Groups of cells")):
+        axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+        axes.set_title(name, loc="left")
+        legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, markerscale=2.5)
+        for handle in legend.legend_handles:
+            handle.set_alpha(1)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
+def draw_screen(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
+    """Mean agreement over the perturbations of a screen beside rival and null, and the perturbations themselves."""
+    means, each = tables["agreement_seeds"], tables["screen_seeds"]
+    shifts = list(dict.fromkeys(means["shift"]))
+    figure = new_figure(WIDTH, 6.2)
+    grid = figure.add_gridspec(2, 3, height_ratios=[1, 1.5])
+    for column, (measure, (label, chance)) in enumerate(MEASURES.items()):
+        axes = figure.add_subplot(grid[0, column])
+        axes.axvline(chance, color=GREY, lw=0.8, ls=(0, (4, 2)))
+        for place, (flow, (colour, marker, name)) in enumerate(SCREENED.items()):
+            rows = means[(means["flow"] == flow) & (means["measure"] == measure)]
+            y = np.array([shifts.index(shift) for shift in rows["shift"]]) + 0.22 * (place - 1)
+            axes.hlines(y, rows["low"], rows["high"], color=colour, lw=0.9)
+            axes.hlines(y, rows["mean_min"], rows["mean_max"], color=colour, lw=2.6)
+            axes.plot(rows["mean"], y, marker, color=colour, ms=5, ls="none", label=name)
+        axes.set_yticks(range(len(shifts)), [f"shift,\n{shift}" for shift in shifts] if column == 0 else [])
+        axes.set_ylim(len(shifts) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        if column == 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3, handletextpad=0.3)
+    _draw_perturbations(figure.add_subplot(grid[1, :]), each, shifts[-1])
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
+def _draw_perturbations(axes: Any, each: pd.DataFrame, shift: str) -> None:
+    axes.axhline(0, color=GREY, lw=0.8)
+    for flow in ("covariance", "gradient"):
+        colour, marker, name = SCREENED[flow]
+        rows = each[(each["flow"] == flow) & (each["shift"] == shift)]
+        axes.plot(rows["effect_size"], rows["cosine"], marker, color=colour, ms=4.5, ls="none", alpha=0.75, label=name)
+        if flow == "gradient":
+            for row in rows.nlargest(6, "effect_size").itertuples():
+                spot = (row.effect_size, row.cosine)
+                axes.annotate(row.perturbation, spot, xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+    axes.set_ylim(-1.05, 1.05)
+    axes.set(xlabel=f"length of the observed shift in latent space, {shift}", ylabel="cosine with it")
+    axes.set_title("Each perturbation", loc="left")
+
+
+def draw_quality(source: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+    """The quality of every case's decoder as a table: mean over seeds and their range."""
+    metrics = [metric for metric in QUALITY if metric in set(source["metric"])]
+    rows = list(dict.fromkeys(zip(source["case"], source["part"])))
+    rows.sort(key=lambda row: (list(dict.fromkeys(source["case"])).index(row[0]), _part_order(row[1])))
+    found = {(row.case, row.part, row.metric): row for row in source.itertuples()}
+    figure = new_figure(WIDTH, 0.9 + 0.32 * len(rows))
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set(xlim=(0, 5.2 + len(metrics)), ylim=(len(rows) - 0.3, -1.6))
+    for column, metric in enumerate(metrics):
+        axes.text(5.2 + column, -0.8, QUALITY[metric], ha="center", va="bottom", fontsize=7.5, weight="bold")
+    axes.plot([0, 5 + len(metrics)], [-0.65, -0.65], color=GREY, lw=0.8)
+    previous = ""
+    for y, (case, part) in enumerate(rows):
+        if case != previous and y:
+            axes.plot([0, 5 + len(metrics)], [y - 0.5, y - 0.5], color="#d9d9d9", lw=0.6)
+        axes.text(0, y, titles.get(case, case) if case != previous else "", va="center", fontsize=7.5)
+        axes.text(4.7, y, PARTS.get(part, part), va="center", ha="right", fontsize=7.5, color=GREY)
+        previous = case
+        for column, metric in enumerate(metrics):
+            row: Any = found.get((case, part, metric))
+            if row is not None:
+                text = f"{row.mean:.3g}"
+                if row.n > 1:
+                    text += f"\n({row.min:.3g} to {row.max:.3g})"
+                axes.text(5.2 + column, y, text, ha="center", va="center", fontsize=6.8, linespacing=0.95)
+    return figure
+
+
+def _part_order(part: str) -> int:
+    order = ("train", "val", "test", "masked group", "all")
+    return order.index(part) if part in order else len(order)
