@@ -24,6 +24,7 @@ def case(
     out: Out,
     seed: Annotated[int, typer.Option(help="Seed of bootstrap, nulls and the cells drawn.")] = 0,
     judged: Annotated[str, typer.Option(help="The group whose labels this model never saw; judge it alone.")] = "",
+    truth: Annotated[Path | None, typer.Option(help="truth.h5ad of a simulation, for its planted effects.")] = None,
 ) -> None:
     """Follow the gradients of one decoder and judge them: a folder of tables."""
     from perturbed.config import parse
@@ -34,11 +35,11 @@ def case(
 
     named = {"dataset": "", "split": "", "method": "", **read_option(spec, "--spec")}
     parsed = parse(GradientCase, named, "--spec")
-    inputs = {"prepared": prepared, "split": split, "features": features}
+    inputs = {"prepared": prepared, "split": split, "features": features, "truth": truth}
     settings = {"case": parsed.model_dump(mode="json"), "model": str(model), "seed": seed, "judged": judged}
     with recorded("flow case", out, inputs, settings):
         if parsed.screen:
-            run_screen(parsed, model, prepared, split, features, out, seed=seed)
+            run_screen(parsed, model, prepared, split, features, out, seed=seed, truth=truth)
         else:
             run_case(parsed, model, prepared, split, features, out, seed=seed, judged_group=judged or None)
 

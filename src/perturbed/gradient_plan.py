@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from perturbed.config import read_yaml
@@ -169,6 +170,8 @@ class GradientPlan:
         place["method"] = self.method(wildcards.case, wildcards.part)
         patterns = {"model": self.plan.fit("model"), "prepared": self.plan.data("prepared.h5ad")}
         patterns |= {"split": self.plan.fold("split.csv"), "features": self.plan.fold("features.csv")}
+        if case.screen and case.dataset in self.plan.simulated:
+            patterns["truth"] = self.plan.data("truth.h5ad")
         return {key: pattern.format(**place) for key, pattern in patterns.items()}
 
     def flows(self, wildcards: Any) -> list[str]:
@@ -192,12 +195,11 @@ class GradientPlan:
         unused = {"title", "answers", "dataset", "split", "method", "seeds"}
         return as_json(self.cases[wildcards.case].model_dump(mode="json", exclude=unused))
 
-    def judged_option(self, wildcards: Any) -> str:
-        """The option that says which group the model answers for."""
-        from shlex import quote
-
+    def options(self, wildcards: Any, input: Any) -> str:
+        """Which group the model answers for, and the simulator's truth where there is one."""
         group = self.judged(wildcards.case)[wildcards.part]
-        return "" if group == ALL else f"--judged {quote(group)}"
+        judged = "" if group == ALL else f"--judged {quote(group)}"
+        return f"{judged} --truth {input.truth}" if hasattr(input, "truth") else judged
 
     def title(self, wildcards: Any) -> str:
         """A case's title."""

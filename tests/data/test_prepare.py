@@ -109,7 +109,10 @@ def test_quality_control(tmp_path):
     total, genes, mito = dense.sum(1), (dense > 0).sum(1), dense[:, -4:-1].sum(1)
     spec = {"min_counts": int(np.quantile(total, 0.1)), "min_genes": int(np.quantile(genes, 0.2))}
     spec |= {"max_mito": float(np.quantile(mito / total, 0.9)), "min_cells_per_perturbation": 8}
+    spec |= {"max_genes": int(np.quantile(genes, 0.9))}
     keep = (total >= spec["min_counts"]) & (genes >= spec["min_genes"]) & (mito / total <= spec["max_mito"])
+    assert (genes[keep] > spec["max_genes"]).any()
+    keep &= genes <= spec["max_genes"]
     sizes = raw.obs["perturbation"][keep].value_counts()
     few = [name for name in sizes.index if sizes[name] < 8 and name != "control"]
     keep &= ~raw.obs["perturbation"].isin(few).to_numpy()
@@ -120,6 +123,7 @@ def test_quality_control(tmp_path):
     dropped = json.loads(found.uns["perturbed"]["dropped"])
     assert set(dropped["min_cells_per_perturbation"]) == set(few)
     assert dropped["min_counts"] == int((total < spec["min_counts"]).sum())
+    assert dropped["max_genes"] == int((genes > spec["max_genes"]).sum())
 
 
 def test_rare_genes_go_but_depth_stays(tmp_path):

@@ -18,12 +18,12 @@ rule flow:
         runtime=60,
     params:
         spec=plan.gradients.slice,
-        judged=plan.gradients.judged_option,
+        options=plan.gradients.options,
     message:
         "Gradients of {wildcards.case}, {wildcards.part}, seed {wildcards.seed}"
     shell:
         "perturbed flow case --model {input.model} --prepared {input.prepared} --split {input.split}"
-        " --features {input.features} --spec {params.spec:q} --seed {wildcards.seed} {params.judged}"
+        " --features {input.features} --spec {params.spec:q} --seed {wildcards.seed} {params.options}"
         " --out {output.tables} 2>&1 | tee {log}"
 
 

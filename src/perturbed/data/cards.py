@@ -129,6 +129,8 @@ class Preparation(Section):
     """Cells with fewer counts are dropped."""
     min_genes: int = Field(0, ge=0)
     """Cells with fewer detected genes are dropped."""
+    max_genes: int | None = Field(None, ge=1)
+    """Cells with more detected genes are dropped (doublets)."""
     max_mito: float = Field(1.0, ge=0, le=1)
     """Cells with a larger share of mitochondrial counts are dropped."""
     min_cells_per_gene: int = Field(0, ge=0)

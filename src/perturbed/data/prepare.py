@@ -222,6 +222,8 @@ def _pass_quality(
         failed["min_counts"] = totals < spec.min_counts
     if spec.min_genes > 0:
         failed["min_genes"] = np.diff(values.main.indptr) < spec.min_genes
+    if spec.max_genes is not None:
+        failed["max_genes"] = np.diff(values.main.indptr) > spec.max_genes
     if spec.max_mito < 1:
         mito = var["symbol"].str.lower().str.startswith("mt-").to_numpy(dtype=bool)
         if not mito.any():

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCREENED = {
-    "gradient": (OKABE_ITO[1], "o", "decoder's gradient"),
-    "covariance": (OKABE_ITO[0], "s", "covariance of gene and latents"),
-    "untrained decoder": (GREY, "D", "untrained decoder"),
+    "gradient": (OKABE_ITO[1], "o", "target's gradient"),
+    "covariance": (OKABE_ITO[0], "s", "covariance of target and latents"),
+    "gradient, untrained decoder": (GREY, "D", "target's gradient, untrained decoder"),
+    "planted effect": (OKABE_ITO[2], "^", "gradient of the planted effect"),
+    "planted effect, untrained decoder": (OKABE_ITO[3], "v", "the same, untrained decoder"),
 }
 """Look and name of each flow of a screen."""
 MEASURES = {
     "cosine": ("cosine with the observed shift", 0.0),
-    "percentile_among_alike": ("share of random genes alike that agree less", 0.5),
+    "percentile_among_alike": ("share of random genes that agree less", 0.5),
     "percentile_among_targets": ("share of other targets that agree less", 0.5),
 }
 """Panels of a screen, each with its value without knowledge."""
@@ -152,24 +154,27 @@ def draw_umap(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
 def draw_screen(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
     """Mean agreement over the perturbations of a screen beside rival and null, and the perturbations themselves."""
     means, each = tables["agreement_seeds"], tables["screen_seeds"]
-    shifts = list(dict.fromkeys(means["shift"]))
-    figure = new_figure(WIDTH, 6.2)
-    grid = figure.add_gridspec(2, 3, height_ratios=[1, 1.5])
+    rows_of = list(dict.fromkeys(zip(means["group"], means["shift"])))
+    flows = [flow for flow in SCREENED if flow in set(means["flow"])]
+    figure = new_figure(WIDTH, 4.6 + 0.55 * len(rows_of))
+    grid = figure.add_gridspec(2, 3, height_ratios=[0.55 * len(rows_of) + 0.4, 2.9])
     for column, (measure, (label, chance)) in enumerate(MEASURES.items()):
         axes = figure.add_subplot(grid[0, column])
         axes.axvline(chance, color=GREY, lw=0.8, ls=(0, (4, 2)))
-        for place, (flow, (colour, marker, name)) in enumerate(SCREENED.items()):
+        for place, flow in enumerate(flows):
+            colour, marker, name = SCREENED[flow]
             rows = means[(means["flow"] == flow) & (means["measure"] == measure)]
-            y = np.array([shifts.index(shift) for shift in rows["shift"]]) + 0.22 * (place - 1)
+            y = np.array([rows_of.index(key) for key in zip(rows["group"], rows["shift"])])
+            y = y + 0.16 * (place - (len(flows) - 1) / 2)
             axes.hlines(y, rows["low"], rows["high"], color=colour, lw=0.9)
             axes.hlines(y, rows["mean_min"], rows["mean_max"], color=colour, lw=2.6)
             axes.plot(rows["mean"], y, marker, color=colour, ms=5, ls="none", label=name)
-        axes.set_yticks(range(len(shifts)), [f"shift,\n{shift}" for shift in shifts] if column == 0 else [])
-        axes.set_ylim(len(shifts) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows_of)), [f"{group},\n{shift}" for group, shift in rows_of] if column == 0 else [])
+        axes.set_ylim(len(rows_of) - 0.5, -0.5)
         axes.set_xlabel(label)
         if column == 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3, handletextpad=0.3)
-    _draw_perturbations(figure.add_subplot(grid[1, :]), each, shifts[-1])
+    _draw_perturbations(figure.add_subplot(grid[1, :]), each, rows_of[-1][1])
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
@@ -177,7 +182,7 @@ def draw_screen(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
 
 def _draw_perturbations(axes: Any, each: pd.DataFrame, shift: str) -> None:
     axes.axhline(0, color=GREY, lw=0.8)
-    for flow in ("covariance", "gradient"):
+    for flow in ("planted effect", "covariance", "gradient"):
         colour, marker, name = SCREENED[flow]
         rows = each[(each["flow"] == flow) & (each["shift"] == shift)]
         axes.plot(rows["effect_size"], rows["cosine"], marker, color=colour, ms=4.5, ls="none", alpha=0.75, label=name)

@@ -52,6 +52,7 @@ def score_saved_model(
     layer: str | None = None,
     gene_column: str | None = None,
     per: str | None = None,
+    logits: bool = False,
     flow_genes: Sequence[str] = (),
     knock_down: bool = False,
     umap: bool = False,
@@ -86,6 +87,8 @@ def score_saved_model(
         `var` column that names genes as the model does; None takes the index.
     per
         `obs` column, such as the cell type: scores and axis for each of its values apart.
+    logits
+        Score what stands before softmax, which does not couple genes.
     flow_genes
         Genes whose flow is drawn.
     knock_down
@@ -122,7 +125,7 @@ def score_saved_model(
     arm = arm[rows]
     group = np.full(len(rows), "all", dtype=object) if per is None else _column(source, per)[rows]
     cells = _encode(decoder, source, rows, _batches(decoder, source, batch)[rows])
-    table = pd.concat(_score(decoder, cells, arm, group, n_cells, min_cells, seed), ignore_index=True)
+    table = pd.concat(_score(decoder, cells, arm, group, n_cells, min_cells, seed, logits), ignore_index=True)
     with atomic(out) as part:
         part.mkdir()
         table.to_csv(part / "gene_scores.csv", index=False, float_format="%.6g", lineterminator="\n")
@@ -205,7 +208,14 @@ def _encode(decoder: SCVIDecoder, source: _Source, rows: np.ndarray, batch: np.n
 
 
 def _score(
-    decoder: SCVIDecoder, cells: Encoded, arm: np.ndarray, group: np.ndarray, n_cells: int, min_cells: int, seed: int
+    decoder: SCVIDecoder,
+    cells: Encoded,
+    arm: np.ndarray,
+    group: np.ndarray,
+    n_cells: int,
+    min_cells: int,
+    seed: int,
+    logits: bool,
 ) -> list[pd.DataFrame]:
     z, found = cells.mean.numpy(), []
     for name in sorted(set(group)):
@@ -215,7 +225,7 @@ def _score(
         axis = z[arms[1]].mean(axis=0, dtype=np.float64) - z[arms[0]].mean(axis=0, dtype=np.float64)
         for label, inside in zip(ARMS, arms):
             rows = torch.from_numpy(draw_rows(len(z), n_cells, seed, inside))
-            scores = score_genes(decoder, cells.mean[rows], take(cells.context, rows), axis)
+            scores = score_genes(decoder, cells.mean[rows], take(cells.context, rows), axis, logits=logits)
             columns = {"cosine": scores.cosine[0], "projection": scores.projection[0], "norm": scores.norm[0]}
             table = pd.DataFrame(
                 {"group": name, "cells": label, "gene": decoder.genes, **columns, "n_cells": len(rows)}
