@@ -17,7 +17,7 @@ import typer
 import typer.core
 import yaml
 
-from perturbed.cli_gradients import flow_app
+from perturbed.cli_gradients import flow_app, gradients
 from perturbed.cli_options import CardOption, Dataset, FeatureFile, Out, Prepared, Spec, SplitFile, Titles, read_option
 from perturbed.cli_studies import study_app
 from perturbed.errors import ConfigError, PerturbedError
@@ -53,6 +53,7 @@ app = typer.Typer(
 
 app.add_typer(study_app, name="study")
 app.add_typer(flow_app, name="flow")
+app.command()(gradients)
 
 
 def _split_spec(text: str) -> Any:

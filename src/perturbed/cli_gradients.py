@@ -79,3 +79,41 @@ def quality(
     from perturbed.figures.gradients import draw_quality_figure
 
     draw_quality_figure(tables, out, read_option(titles, "--titles"))
+
+
+def gradients(
+    model: Annotated[Path, typer.Argument(help="Folder that scvi-tools saved, with model.pt.")],
+    h5ad: Annotated[Path, typer.Argument(help="Cells with raw counts.")],
+    column: Annotated[str, typer.Option(help="obs column of the two arms.")],
+    unperturbed: Annotated[list[str], typer.Option(help="Its values for unperturbed cells; repeat.")],
+    perturbed: Annotated[list[str], typer.Option(help="Its values for perturbed cells; repeat.")],
+    out: Out,
+    batch: Annotated[str | None, typer.Option(help="obs column of the batch; else that of the model.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of the counts; else X.")] = None,
+    gene_column: Annotated[str | None, typer.Option(help="var column of gene names; else the index.")] = None,
+    per: Annotated[str | None, typer.Option(help="obs column, such as the cell type: each value apart.")] = None,
+    flow: Annotated[list[str] | None, typer.Option(help="Gene whose flow is drawn; repeat.")] = None,
+    knock_down: Annotated[bool, typer.Option(help="Flows against the gradient.")] = False,
+    umap: Annotated[bool, typer.Option(help="Draw flows on a UMAP beside the principal components.")] = False,
+    logits: Annotated[bool, typer.Option(help="Score what stands before softmax.")] = False,
+    n_cells: Annotated[int, typer.Option(help="Most cells scored of each arm and group.", min=1)] = 2000,
+    min_cells: Annotated[int, typer.Option(help="Groups with fewer cells in an arm are left out.", min=2)] = 20,
+    n_steps: Annotated[int, typer.Option(help="Steps of the UMAP's arrows.", min=1)] = 20,
+    delta: Annotated[float, typer.Option(help="Size of a step.")] = 0.05,
+    trust_sha256: Annotated[str | None, typer.Option(help="Hash of a model.pt that may be unpickled in full.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of cells and of the UMAP.")] = 0,
+) -> None:
+    """Ask a saved scvi-tools model which genes lead from unperturbed to perturbed cells: gene_scores.csv and flows.
+
+    The cases of the pipeline (`snakemake gradients`) are made of `perturbed flow`.
+    """
+    from perturbed.gradients.user import score_saved_model
+    from perturbed.provenance import recorded
+
+    settings = {"column": column, "unperturbed": unperturbed, "perturbed": perturbed, "seed": seed, "model": str(model)}
+    with recorded("gradients", out, {"h5ad": h5ad}, settings):
+        score_saved_model(
+            model, h5ad, out, column=column, unperturbed=unperturbed, perturbed=perturbed, batch=batch, layer=layer,
+            gene_column=gene_column, per=per, logits=logits, flow_genes=flow or (), knock_down=knock_down, umap=umap,
+            n_steps=n_steps, delta=delta, n_cells=n_cells, min_cells=min_cells, trust_sha256=trust_sha256, seed=seed,
+        )  # fmt: skip

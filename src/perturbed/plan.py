@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perturbed.config import FeatureSpec, parse
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.gradient_plan import GradientPlan
@@ -118,6 +119,10 @@ class Plan:
                 if dataset not in config.dataset:
                     suggestion = suggest(dataset, config.dataset)
                     raise ConfigError(f"config: splits.{name}.datasets: no dataset {dataset!r}; {suggestion}")
+        for name in config.dataset_features:
+            if name not in config.dataset:
+                raise ConfigError(f"config: dataset_features: no dataset {name!r}; {suggest(name, config.dataset)}")
+            self.features(name)
         for key in ("primary_method", "primary_baseline"):
             name = getattr(config.statistics, key)
             if name not in known:
@@ -283,6 +288,17 @@ class Plan:
     def split_slice(self, wildcards: Any) -> str:
         """The split's own section; which methods run on it changes no split."""
         return as_json(self.config.splits[wildcards.split].model_dump(mode="json", exclude={"methods", "datasets"}))
+
+    def features(self, dataset: str) -> FeatureSpec:
+        """The features of a dataset: the run's, and what differs."""
+        changes = self.config.dataset_features.get(dataset, {})
+        return parse(
+            FeatureSpec, {**self.config.features.model_dump(), **changes}, f"config: dataset_features.{dataset}"
+        )
+
+    def feature_slice(self, wildcards: Any) -> str:
+        """The same as JSON."""
+        return as_json(self.features(wildcards.dataset).model_dump(mode="json"))
 
     def method_slice(self, wildcards: Any) -> str:
         """What is saved with the model: title, implementation and parameters; resources change no fit."""

@@ -45,6 +45,8 @@ class RunConfig(Section):
     splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}  # noqa: RUF012 — pydantic copies it
     """The splits by name."""
     features: FeatureSpec = FeatureSpec()
+    dataset_features: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Keys of `features` that differ for a dataset, by dataset, such as `{kang2018: {n_hvg: 2000}}`."""
     method_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Hyper-parameters of this run that differ from the method's file, by method."""
     variants: dict[str, Variant] = Field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_errors_name_what_is_wrong_in_one_line(saved, tmp_path):
 
 def test_the_readmes_example_runs(saved, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    blocks = [block for block in blocks if "score_saved_model" in block]
+    blocks = [textwrap.dedent(block) for block in blocks if "score_saved_model" in block]
     if not blocks:
         pytest.skip("the README has no example of it yet")
     monkeypatch.chdir(tmp_path)

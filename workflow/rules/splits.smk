@@ -40,7 +40,7 @@ rule features:
         mem_mb=8000,
         runtime=60,
     params:
-        spec=plan.section("features"),
+        spec=plan.feature_slice,
     message:
         "Genes, scaling and PCA from the training cells of {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold}"
     shell:

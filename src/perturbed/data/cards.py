@@ -46,6 +46,11 @@ class RemoteFile(Section):
     """The file wanted inside the archive; leave out where the file is no archive."""
     member_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Hash of the member, for archives built anew for each request."""
+    role: Literal["matrix", "genes", "cells", "annotation"] | None = None
+    """What the file is, where a Matrix Market file comes with tables whose names do not say so; then every file of the
+    card needs one. `cells` has a row per column of the matrix, in its order; `annotation` is joined to it by name."""
+    key: str | None = None
+    """Column of the names of genes or cells, for a table with a header; without one the first column holds them."""
 
 
 class UrlSource(Section):

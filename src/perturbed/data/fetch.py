@@ -89,7 +89,8 @@ def fetch(
     provenance = json.dumps({"dataset": name, "kind": source.kind, "files": files}, sort_keys=True)
     try:
         with atomic(out) as part:
-            write_raw(paths, part, provenance, name)
+            files_of = source.files if isinstance(source, UrlSource) else ()
+            write_raw(paths, part, provenance, name, files_of)
             check_raw(part, card, name)
     except OSError as error:
         raise FetchError(write_problem(out, error)) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from perturbed.data.cards import Card, Expectations
+from perturbed.data.cards import Card, Expectations, RemoteFile
 from perturbed.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ MAX_LOG1P = 25.0
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_raw(paths: Sequence[Path], out: Path, provenance: str, name: str) -> None:
+def write_raw(
+    paths: Sequence[Path], out: Path, provenance: str, name: str, described: Sequence[RemoteFile] = ()
+) -> None:
     """Write `out` from one h5ad, or from a Matrix Market file with its tables.
 
     An h5ad is copied byte for byte and only `uns["provenance"]` is added (the source's own, if any, becomes
@@ -41,13 +43,19 @@ def write_raw(paths: Sequence[Path], out: Path, provenance: str, name: str) -> N
         JSON text.
     name
         The data set, for messages.
+    described
+        The card's entries of the files, in their order; those with a `role` are read by it.
 
     Raises
     ------
     DataError
         If the files are broken or of another kind.
     """
-    if len(paths) == 1 and paths[0].suffix == ".h5ad":
+    if any(file.role is not None for file in described):
+        from perturbed.data.triples import read_by_role
+
+        read_by_role(paths, described, name).write_h5ad(out, compression="gzip", compression_opts=1)
+    elif len(paths) == 1 and paths[0].suffix == ".h5ad":
         check_h5ad(paths[0], name)
         shutil.copyfile(paths[0], out)
     elif any(".mtx" in path.suffixes for path in paths):

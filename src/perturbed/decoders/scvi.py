@@ -257,7 +257,7 @@ class SCVIDecoder(Decoder):
         min_share
             As in `counts_of`.
         """
-        place = pd.Index(genes).get_indexer(list(self.genes))
+        place = pd.Index(genes).get_indexer(pd.Index(self.genes))
         share = float((place >= 0).mean())
         if share < min_share:
             raise DataError(

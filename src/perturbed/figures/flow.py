@@ -38,6 +38,9 @@ def draw_case(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
     draws = {"map": draw_map, "agreement": _draw_agreement, "genes": _draw_genes, "paths": _draw_paths}
     for axes, name in zip(panels, names):
         draws[name](axes, tables)
+    judged = list(dict.fromkeys(tables["agreement_seeds"]["judged"]))
+    if judged != ["all"]:
+        panels[0].set_title(f"Flow of one fit, labels of {judged[0].replace('_', ' ')} masked", loc="left")
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     if title:
@@ -63,9 +66,7 @@ def draw_map(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
                 *centre, marker, ms=9, mfc=ARMS[arm], mec="white", mew=1.3, ls="none", label=f"mean, {arm}", zorder=6
             )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handletextpad=0.3, columnspacing=1.0)
-    judged = list(dict.fromkeys(tables["agreement_seeds"]["judged"]))
-    which = "" if judged == ["all"] else f", one fit (labels of {judged[0].replace('_', ' ')} masked)"
-    axes.set_title(f"Flow in latent space{which}", loc="left")
+    axes.set_title("Flow in latent space", loc="left")
 
 
 def _draw_cells(axes: Axes, cells: pd.DataFrame) -> None:
@@ -124,8 +125,8 @@ def _draw_agreement(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
     axes.set_xlim(-1.05, 1.05)
     what = "the local gradient of time" if set(table["flow"]) == {"gradient, against time"} else "the observed shift"
     units = " and ".join(f"{unit}s" for unit in sorted(set(table["unit"])))
-    axes.set_xlabel(f"cosine with {what}; thin: interval over {units}, thick: range of seeds")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), handletextpad=0.3)
+    axes.set_xlabel(f"cosine with {what}\n(thin: interval over {units}; thick: range of seeds)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), handletextpad=0.3)
     axes.set_title("Does the flow point where it should?", loc="left")
 
 

@@ -38,7 +38,9 @@ QUALITY = {
     "spearman": "Spearman", "mae": "MAE of\nthe head",
 }  # fmt: skip
 """Columns of the quality table."""
-PARTS = {"train": "training cells", "val": "validation cells", "test": "test cells", "all": "all cells"}
+N_ARROWS = 60
+"""Arrows of a UMAP; they are long, because islands of a UMAP lie anywhere."""
+PARTS = {"train": "training cells", "test": "test cells", "all": "all cells"}
 
 
 def draw_case_figure(kind: str, tables: Path, out_stem: Path, title: str = "") -> None:
@@ -130,9 +132,10 @@ def draw_umap(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
         inside = cells["arm"] == arm
         if inside.any():
             left.scatter(cells.loc[inside, "x"], cells.loc[inside, "y"], color=colour, label=arm, **look)
+    shown = arrows.iloc[np.linspace(0, len(arrows) - 1, min(N_ARROWS, len(arrows))).astype(int)]
     left.quiver(
-        arrows["x"], arrows["y"], arrows["u"], arrows["v"], angles="xy", scale_units="xy", scale=1, width=0.0025,
-        color="#222222", zorder=4,
+        shown["x"], shown["y"], shown["u"], shown["v"], angles="xy", scale_units="xy", scale=1, width=0.002,
+        headwidth=7, headlength=8, color="#222222", alpha=0.55, zorder=4,
     )  # fmt: skip
     groups = list(cells["group"].value_counts().index)
     for place, group in enumerate(groups):
@@ -156,8 +159,9 @@ def draw_screen(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
     means, each = tables["agreement_seeds"], tables["screen_seeds"]
     rows_of = list(dict.fromkeys(zip(means["group"], means["shift"])))
     flows = [flow for flow in SCREENED if flow in set(means["flow"])]
-    figure = new_figure(WIDTH, 4.6 + 0.55 * len(rows_of))
-    grid = figure.add_gridspec(2, 3, height_ratios=[0.55 * len(rows_of) + 0.4, 2.9])
+    height = 0.5 * len(rows_of) + 1.4
+    figure = new_figure(WIDTH, height + 4.2)
+    grid = figure.add_gridspec(2, 3, height_ratios=[height, 3.6])
     for column, (measure, (label, chance)) in enumerate(MEASURES.items()):
         axes = figure.add_subplot(grid[0, column])
         axes.axvline(chance, color=GREY, lw=0.8, ls=(0, (4, 2)))
@@ -169,11 +173,13 @@ def draw_screen(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
             axes.hlines(y, rows["low"], rows["high"], color=colour, lw=0.9)
             axes.hlines(y, rows["mean_min"], rows["mean_max"], color=colour, lw=2.6)
             axes.plot(rows["mean"], y, marker, color=colour, ms=5, ls="none", label=name)
-        axes.set_yticks(range(len(rows_of)), [f"{group},\n{shift}" for group, shift in rows_of] if column == 0 else [])
+        axes.set_yticks(range(len(rows_of)), [f"{group},\n{shift}" for group, shift in rows_of])
+        axes.tick_params(labelleft=column == 0)
         axes.set_ylim(len(rows_of) - 0.5, -0.5)
         axes.set_xlabel(label)
-        if column == 1:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=3, handletextpad=0.3)
+        if column == 0:
+            handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, handletextpad=0.3)
     _draw_perturbations(figure.add_subplot(grid[1, :]), each, rows_of[-1][1])
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
@@ -186,10 +192,6 @@ def _draw_perturbations(axes: Any, each: pd.DataFrame, shift: str) -> None:
         colour, marker, name = SCREENED[flow]
         rows = each[(each["flow"] == flow) & (each["shift"] == shift)]
         axes.plot(rows["effect_size"], rows["cosine"], marker, color=colour, ms=4.5, ls="none", alpha=0.75, label=name)
-        if flow == "gradient":
-            for row in rows.nlargest(6, "effect_size").itertuples():
-                spot = (row.effect_size, row.cosine)
-                axes.annotate(row.perturbation, spot, xytext=(4, 3), textcoords="offset points", fontsize=7.5)
     axes.set_ylim(-1.05, 1.05)
     axes.set(xlabel=f"length of the observed shift in latent space, {shift}", ylabel="cosine with it")
     axes.set_title("Each perturbation", loc="left")
@@ -198,7 +200,7 @@ def _draw_perturbations(axes: Any, each: pd.DataFrame, shift: str) -> None:
 def draw_quality(source: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """The quality of every case's decoder as a table: mean over seeds and their range."""
     metrics = [metric for metric in QUALITY if metric in set(source["metric"])]
-    rows = list(dict.fromkeys(zip(source["case"], source["part"])))
+    rows = [row for row in dict.fromkeys(zip(source["case"], source["part"])) if row[1] != "val"]
     rows.sort(key=lambda row: (list(dict.fromkeys(source["case"])).index(row[0]), _part_order(row[1])))
     found = {(row.case, row.part, row.metric): row for row in source.itertuples()}
     figure = new_figure(WIDTH, 0.9 + 0.32 * len(rows))
@@ -226,5 +228,5 @@ def draw_quality(source: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
 
 def _part_order(part: str) -> int:
-    order = ("train", "val", "test", "masked group", "all")
+    order = ("train", "test", "masked group", "all")
     return order.index(part) if part in order else len(order)

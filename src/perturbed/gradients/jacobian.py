@@ -14,6 +14,7 @@ No array of cells × genes × latents is ever held: cells pass in chunks whose J
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,9 +115,13 @@ def gradients(
     with torch.no_grad():
         for rows in chunks(len(z), size):
             inside = take(context, rows)
-            change = tangents(lambda x, c=inside: decoder.outputs(x, c, columns), z[rows])
+            change = tangents(partial(_some_outputs, decoder, inside, columns), z[rows])
             parts.append(torch.einsum("kno,ro->nrk", change, weights))
     return torch.cat(parts)
+
+
+def _some_outputs(decoder: Decoder, context: Context, columns: list[int], z: Tensor) -> Tensor:
+    return decoder.outputs(z, context, columns)
 
 
 def _used(readout: Tensor) -> tuple[list[int], Tensor]:

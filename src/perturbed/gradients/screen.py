@@ -26,9 +26,10 @@ from perturbed.files import atomic
 from perturbed.gradients.agreement import cosine, match_genes, mean_gradients
 from perturbed.gradients.cases import fresh_decoder
 from perturbed.gradients.cells import LatentCells, column_of, decoder_of, encode_cells, select
-from perturbed.gradients.expression import read_genes
+from perturbed.gradients.expression import read_genes, reconstruction_errors
 from perturbed.gradients.spec import GradientCase
 from perturbed.models.base import Method, load_model
+from perturbed.models.nb_vae import NBVAE
 from perturbed.names import CONTROL, genes_of
 
 SHIFTS = ("all genes", "without own genes")
@@ -79,7 +80,7 @@ def run_screen(
         `percentile_among_alike`, the share of random genes alike in mean and variance whose flow agrees less (of a
         planted effect: of its permutations over genes); `percentile_among_targets`, the share of the other
         perturbations' flows that do. `agreement.csv`: their means over single and over combined perturbations with
-        bootstrap intervals; without knowledge they are 0, 0.5 and 0.5.
+        bootstrap intervals; without knowledge they are 0, 0.5 and 0.5. `quality.csv`: errors of an nb_vae.
     seed
         Of the bootstrap, of random genes and of the untrained decoder.
     truth
@@ -94,6 +95,8 @@ def run_screen(
     screen = _prepare(spec, method, prepared, split, features, truth, seed)
     table = pd.DataFrame(_rows(screen))
     tables = {"screen": table, "agreement": pd.DataFrame(_means(table, spec.n_bootstrap, seed))}
+    if isinstance(method, NBVAE):
+        tables["quality"] = pd.DataFrame(reconstruction_errors(method, prepared, screen.cells))
     with atomic(out) as part:
         part.mkdir()
         for name, each in tables.items():

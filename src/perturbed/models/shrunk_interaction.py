@@ -23,8 +23,6 @@ from perturbed.models.shrinkage import LEVELS, denoise, measure_noise
 from perturbed.names import CONTROL, genes_of
 
 N_TERMS = 5
-PRIOR_COUNT = 4.0
-"""Training combinations that the sub-additive prior is worth: with n of them its exponent is γ · 4 / (4 + n)."""
 
 
 class ShrunkInteractionParams(Section):
@@ -33,6 +31,9 @@ class ShrunkInteractionParams(Section):
     saturation: float = Field(0.2, ge=0, lt=1)
     """Prior sub-additivity γ: the sum s of effects is multiplied by (‖s‖ / unit)^−γ, where the unit is the root mean
     square of the single effects' norms. 0 makes unseen combinations additive. Combinations in training take over."""
+    prior_count: float = Field(16.0, gt=0)
+    """How many combinations in training weigh as much as the prior: with n of them the exponent is γ times this over
+    this plus n."""
     whitening: float = Field(0.5, ge=0, le=1)
     """Power of the noise covariance in which singular values are shrunk: 1 full whitening, 0 none."""
     n_noise_factors: int = Field(20, ge=0)
@@ -93,8 +94,8 @@ class ShrunkInteraction(DenoisedEffects):
             and len(genes_of(name)) > 1
             and all(gene in self._row for gene in genes_of(name))
         )
-        n = len(self._learnt)
-        self._exponent = self.params.saturation * PRIOR_COUNT / (PRIOR_COUNT + n)
+        n, count = len(self._learnt), self.params.prior_count
+        self._exponent = self.params.saturation * count / (count + n)
         self._prepare()
         if not n:
             self._interaction = Interaction(np.zeros(N_TERMS), np.zeros(2), np.zeros((2, 0, len(self._genes))))
