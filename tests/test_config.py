@@ -102,7 +102,7 @@ def test_unknown_names_are_refused_before_anything_runs(value, message, monkeypa
 def test_shipped_configs_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = Plan(read_yaml(path))
-    assert list(plan.jobs())
+    assert list(plan.jobs()) or plan.gradients.figures()
 
 
 def test_missing_or_broken_yaml_is_one_line(tmp_path):
@@ -125,5 +125,5 @@ def test_generated_pages_agree_with_the_code(name):
 def test_default_config_comments_every_top_level_key():
     text = (ROOT / "config/config.yaml").read_text()
     written = set(yaml.safe_load(text))
-    hidden = {"method_seeds", "studies", "mirror", "allow_unpinned", "cards", "method_files"}
+    hidden = {"method_seeds", "studies", "dataset_features", "mirror", "allow_unpinned", "cards", "method_files"}
     assert written | hidden == set(RunConfig.model_fields)

@@ -42,7 +42,13 @@ class GradientPlan:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.cases: dict[str, GradientCase] = plan.config.gradients
+        config = plan.config
+        self.cases = {name: case for name, case in config.gradients.items() if case.dataset in config.dataset}
+        self.left_out = [
+            f"gradient case {name} is left out, because {case.dataset} is not in this run"
+            for name, case in config.gradients.items()
+            if name not in self.cases
+        ]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -89,15 +95,17 @@ class GradientPlan:
             One line that names the case and the key.
         """
         config = self.plan.config
+        cards = {path.stem for folder in config.cards for path in Path(folder).glob("*.yaml")}
         answered: dict[str, str] = {}
+        for name, case in config.gradients.items():
+            if case.dataset not in cards:
+                raise ConfigError(
+                    f"config: gradients.{name}.dataset: no card {case.dataset!r}; {suggest(case.dataset, cards)}"
+                )
         for name, case in self.cases.items():
             where = f"config: gradients.{name}"
-            for key, value, known in (
-                ("dataset", case.dataset, config.dataset),
-                ("split", case.split, tuple(config.splits)),
-            ):
-                if value not in known:
-                    raise ConfigError(f"{where}.{key}: no {key} {value!r}; {suggest(value, known)}")
+            if case.split not in config.splits:
+                raise ConfigError(f"{where}.split: no split {case.split!r}; {suggest(case.split, config.splits)}")
             if not self.plan.allows(case.dataset, case.split):
                 raise ConfigError(f"{where}.split: {case.split!r} is not meant for {case.dataset}; see its `datasets`")
             lacking = self.plan.lacks(case.method, case.dataset)

@@ -14,12 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perturbed.config import FeatureSpec, parse
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.gradient_plan import GradientPlan
 from perturbed.models.spec import MethodSpec, load_method_spec
-from perturbed.run_config import RunConfig, load_config
+from perturbed.run_config import RunConfig, features_of, load_config
 from perturbed.study_plan import StudyPlan, methods_of
 
 if TYPE_CHECKING:
@@ -120,9 +119,7 @@ class Plan:
                     suggestion = suggest(dataset, config.dataset)
                     raise ConfigError(f"config: splits.{name}.datasets: no dataset {dataset!r}; {suggestion}")
         for name in config.dataset_features:
-            if name not in config.dataset:
-                raise ConfigError(f"config: dataset_features: no dataset {name!r}; {suggest(name, config.dataset)}")
-            self.features(name)
+            features_of(config, name)
         for key in ("primary_method", "primary_baseline"):
             name = getattr(config.statistics, key)
             if name not in known:
@@ -212,7 +209,7 @@ class Plan:
             f"{method} is left out on {dataset}, which has no {', no '.join(missing)}"
             for (method, dataset), missing in lacking.items()
             if missing
-        ]
+        ] + self.gradients.left_out
 
     def tabulate_capabilities(self) -> pd.DataFrame:
         """Which method runs on which dataset, and what is missing where it does not."""
@@ -289,16 +286,9 @@ class Plan:
         """The split's own section; which methods run on it changes no split."""
         return as_json(self.config.splits[wildcards.split].model_dump(mode="json", exclude={"methods", "datasets"}))
 
-    def features(self, dataset: str) -> FeatureSpec:
-        """The features of a dataset: the run's, and what differs."""
-        changes = self.config.dataset_features.get(dataset, {})
-        return parse(
-            FeatureSpec, {**self.config.features.model_dump(), **changes}, f"config: dataset_features.{dataset}"
-        )
-
     def feature_slice(self, wildcards: Any) -> str:
-        """The same as JSON."""
-        return as_json(self.features(wildcards.dataset).model_dump(mode="json"))
+        """The features of a dataset: the run's section, and what differs."""
+        return as_json(features_of(self.config, wildcards.dataset).model_dump(mode="json"))
 
     def method_slice(self, wildcards: Any) -> str:
         """What is saved with the model: title, implementation and parameters; resources change no fit."""

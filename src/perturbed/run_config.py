@@ -46,7 +46,8 @@ class RunConfig(Section):
     """The splits by name."""
     features: FeatureSpec = FeatureSpec()
     dataset_features: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Keys of `features` that differ for a dataset, by dataset, such as `{kang2018: {n_hvg: 2000}}`."""
+    """Keys of `features` that differ for a dataset, by dataset, such as `{kang2018: {n_hvg: 2000}}`; those of datasets
+    that the run does not have are not used."""
     method_params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Hyper-parameters of this run that differ from the method's file, by method."""
     variants: dict[str, Variant] = Field(default_factory=dict)
@@ -58,7 +59,8 @@ class RunConfig(Section):
     studies: dict[str, Study] = Field(default_factory=dict)
     """Studies by name: each makes a table and a figure of its own, and adds the fits that it needs to the run's."""
     gradients: dict[str, GradientCase] = Field(default_factory=dict)
-    """Gradient cases by name: each fits the decoder it asks, follows its gradients and judges them."""
+    """Gradient cases by name: each fits the decoder it asks, follows its gradients and judges them. Cases of
+    datasets that the run does not have are left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the torch models train; `auto` takes a GPU where there is one."""
     threads: int = Field(1, ge=1)
@@ -80,3 +82,15 @@ class RunConfig(Section):
 def load_config(value: Mapping[str, Any], where: str = "config") -> RunConfig:
     """The run's configuration from a mapping, such as Snakemake's `config`."""
     return parse(RunConfig, dict(value), where)
+
+
+def features_of(config: RunConfig, dataset: str) -> FeatureSpec:
+    """The features of a dataset: the run's section, and what differs for it.
+
+    Raises
+    ------
+    ConfigError
+        If what differs is wrong.
+    """
+    changed = {**config.features.model_dump(), **config.dataset_features.get(dataset, {})}
+    return parse(FeatureSpec, changed, f"config: dataset_features.{dataset}")

@@ -31,6 +31,6 @@ wildcard_constraints:
     method="|".join(plan.methods),
     seed=r"\d+",
     study="|".join(plan.config.studies) or "(?!)",
-    case="|".join(plan.config.gradients) or "(?!)",
+    case="|".join(plan.gradients.cases) or "(?!)",
     part="|".join(plan.gradients.parts) or "(?!)",
     environment="|".join(plan.environments) or "(?!)",

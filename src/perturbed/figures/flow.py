@@ -38,9 +38,9 @@ def draw_case(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
     draws = {"map": draw_map, "agreement": _draw_agreement, "genes": _draw_genes, "paths": _draw_paths}
     for axes, name in zip(panels, names):
         draws[name](axes, tables)
-    judged = list(dict.fromkeys(tables["agreement_seeds"]["judged"]))
-    if judged != ["all"]:
-        panels[0].set_title(f"Flow of one fit, labels of {judged[0].replace('_', ' ')} masked", loc="left")
+    first = tables["agreement_seeds"].iloc[0]
+    if first["judged"] != "all":
+        panels[0].set_title(f"Flow of one fit, labels of {first['group']} masked", loc="left")
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     if title:
@@ -126,7 +126,7 @@ def _draw_agreement(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
     what = "the local gradient of time" if set(table["flow"]) == {"gradient, against time"} else "the observed shift"
     units = " and ".join(f"{unit}s" for unit in sorted(set(table["unit"])))
     axes.set_xlabel(f"cosine with {what}\n(thin: interval over {units}; thick: range of seeds)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), handletextpad=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handletextpad=0.3)
     axes.set_title("Does the flow point where it should?", loc="left")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,12 +33,15 @@ MEASURES = {
 }
 """Panels of a screen, each with its value without knowledge."""
 QUALITY = {
-    "mse_log1p_scaled": "MSE, log1p\nof scaled", "mae_log1p_scaled": "MAE, log1p\nof scaled",
-    "mse_log_normalised": "MSE, log-\nnormalised", "mae_log_normalised": "MAE, log-\nnormalised",
-    "ari_best_kmeans": "ARI, best\nk-means", "accuracy": "accuracy", "f1": "F1", "auc": "AUC",
-    "spearman": "Spearman", "mae": "MAE of\nthe head",
+    "mse": "MSE", "mae_expression": "MAE", "ari_best_kmeans": "ARI, best\nk-means", "accuracy": "accuracy", "f1": "F1",
+    "auc": "AUC", "spearman": "Spearman", "mae": "MAE of\nthe head",
 }  # fmt: skip
 """Columns of the quality table."""
+ERRORS = {
+    "mse_log1p_scaled": "mse", "mse_log_normalised": "mse",
+    "mae_log1p_scaled": "mae_expression", "mae_log_normalised": "mae_expression",
+}  # fmt: skip
+"""Errors of expression share a column; those of log-normalised expression are marked."""
 N_ARROWS = 60
 """Arrows of a UMAP; they are long, because islands of a UMAP lie anywhere."""
 PARTS = {"train": "training cells", "test": "test cells", "all": "all cells"}
@@ -199,31 +203,38 @@ def _draw_perturbations(axes: Any, each: pd.DataFrame, shift: str) -> None:
 
 def draw_quality(source: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """The quality of every case's decoder as a table: mean over seeds and their range."""
+    marked = set(source.loc[source["metric"].str.endswith("log_normalised"), "case"])
+    source = source.assign(metric=source["metric"].replace(ERRORS))
     metrics = [metric for metric in QUALITY if metric in set(source["metric"])]
+    cases = list(dict.fromkeys(source["case"]))
     rows = [row for row in dict.fromkeys(zip(source["case"], source["part"])) if row[1] != "val"]
-    rows.sort(key=lambda row: (list(dict.fromkeys(source["case"])).index(row[0]), _part_order(row[1])))
+    rows.sort(key=lambda row: (cases.index(row[0]), _part_order(row[1])))
     found = {(row.case, row.part, row.metric): row for row in source.itertuples()}
-    figure = new_figure(WIDTH, 0.9 + 0.32 * len(rows))
+    figure = new_figure(WIDTH, 1.1 + 0.3 * len(rows))
     axes = figure.subplots()
     axes.set_axis_off()
-    axes.set(xlim=(0, 5.2 + len(metrics)), ylim=(len(rows) - 0.3, -1.6))
+    left, width = 5.4, 5.4 + len(metrics)
+    axes.set(xlim=(0, width - 0.4), ylim=(len(rows) + 0.3, -1.6))
     for column, metric in enumerate(metrics):
-        axes.text(5.2 + column, -0.8, QUALITY[metric], ha="center", va="bottom", fontsize=7.5, weight="bold")
-    axes.plot([0, 5 + len(metrics)], [-0.65, -0.65], color=GREY, lw=0.8)
+        axes.text(left + column, -0.8, QUALITY[metric], ha="center", va="bottom", fontsize=7.5, weight="bold")
+    axes.plot([0, width - 0.4], [-0.65, -0.65], color=GREY, lw=0.8)
     previous = ""
     for y, (case, part) in enumerate(rows):
-        if case != previous and y:
-            axes.plot([0, 5 + len(metrics)], [y - 0.5, y - 0.5], color="#d9d9d9", lw=0.6)
-        axes.text(0, y, titles.get(case, case) if case != previous else "", va="center", fontsize=7.5)
-        axes.text(4.7, y, PARTS.get(part, part), va="center", ha="right", fontsize=7.5, color=GREY)
+        if case != previous:
+            axes.plot([0, width - 0.4], [y - 0.5, y - 0.5], color="#d9d9d9", lw=0.6 if y else 0)
+            title = fill(titles.get(case, case) + (" *" if case in marked else ""), 38)
+            axes.text(0, y - 0.3, title, va="top", fontsize=7.5, linespacing=1.1)
         previous = case
+        axes.text(left - 0.65, y, PARTS.get(part, part), va="center", ha="right", fontsize=7.5, color=GREY)
         for column, metric in enumerate(metrics):
             row: Any = found.get((case, part, metric))
             if row is not None:
-                text = f"{row.mean:.3g}"
-                if row.n > 1:
-                    text += f"\n({row.min:.3g} to {row.max:.3g})"
-                axes.text(5.2 + column, y, text, ha="center", va="center", fontsize=6.8, linespacing=0.95)
+                text = f"{row.mean:.3g}" + (f"\n{row.min:.3g}–{row.max:.3g}" if row.n > 1 else "")
+                axes.text(left + column, y, text, ha="center", va="center", fontsize=6.5, linespacing=1.0)
+    note = "Errors of log(1 + counts / the cell's mean count)" + (
+        "; * of log-normalised expression." if marked else "."
+    )
+    axes.text(0, len(rows) - 0.1, note, va="center", fontsize=7, color=GREY, style="italic")
     return figure
 
 

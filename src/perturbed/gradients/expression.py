@@ -68,9 +68,10 @@ def correlate_genes(
         centred = values - values.mean()
         total, squares, cross = np.zeros(len(genes)), np.zeros(len(genes)), np.zeros(len(genes))
         for place, X in read_genes(prepared, genes, rows):
-            total += np.asarray(X.sum(axis=0), dtype=np.float64).ravel()
-            squares += np.asarray(X.multiply(X).sum(axis=0), dtype=np.float64).ravel()
-            cross += X.T.astype(np.float64) @ centred[place]
+            wide = X.astype(np.float64)
+            total += np.asarray(wide.sum(axis=0)).ravel()
+            squares += np.asarray(wide.multiply(wide).sum(axis=0)).ravel()
+            cross += wide.T @ centred[place]
         spread = np.sqrt(np.maximum(squares - total**2 / len(rows), 0)) * np.linalg.norm(centred)
         found[name] = np.divide(cross, spread, out=np.full(len(genes), np.nan), where=spread > 1e-12)
     return found
