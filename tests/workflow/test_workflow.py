@@ -191,10 +191,9 @@ def test_the_report_opens_without_console_errors(finished_run: Run, tmp_path):
     assert "Benchmark" in shown.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("--configfile", "config/paper.yaml"), ("--configfile", "config/paper_small.yaml")]
-)
-def test_shipped_configs_have_a_dag(arguments, tmp_path):
+@pytest.mark.parametrize("name", ["config", "paper", "paper_small", "gradients_shared", "paper_b"])
+def test_shipped_configs_have_a_dag(name, tmp_path):
+    arguments = ("--configfile", f"config/{name}.yaml")
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run", "--quiet", "all"]
     done = subprocess.run(
         [*call, "--cores", "1", *arguments], cwd=ROOT, env=Run(tmp_path).environment(), capture_output=True, text=True

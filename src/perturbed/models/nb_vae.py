@@ -212,7 +212,7 @@ class NBVAE(Method):
 
     @torch.no_grad()
     def _start(self, data: TrainingData, labels: np.ndarray, rows: np.ndarray) -> None:
-        """Begin where the data are: the mean expression as bias, continuous heads in units of their spread."""
+        """Begin where the data are: mean expression as bias, its spread as noise, heads in units of theirs."""
         for k, kind in enumerate(self.module.kinds):
             if kind == "continuous":
                 known = labels[np.isfinite(labels[:, k]), k]
@@ -221,7 +221,9 @@ class NBVAE(Method):
         if not self.params.start_at_mean:
             return
         if self.params.likelihood == "gaussian":
-            mean = np.asarray(data.X[rows].mean(axis=0)).ravel()
+            mean, square = (np.asarray(X.mean(axis=0)).ravel() for X in (data.X[rows], data.X[rows].power(2)))
+            sd = np.sqrt(np.maximum(square - mean**2, 0.05**2))  # a gene may never vary
+            self.module.log_dispersion.copy_(torch.from_numpy(np.log(sd).astype(np.float32)))
         else:
             assert data.counts is not None
             total = np.asarray(data.counts[rows].sum(axis=0), dtype=np.float64).ravel()
