@@ -94,7 +94,7 @@ def _add_contrast_legend(figure: Figure, page: Page) -> None:
     handles = [
         Line2D([], [], color="black", marker="o", lw=1.6, label=f"adjusted p < {alpha:.2g}"),
         Line2D([], [], color="black", marker="o", mfc="white", lw=1.6, label=f"adjusted p ≥ {alpha:.2g}"),
-        Patch(color=OKABE_ITO[4], alpha=0.22, label="primary contrast, fixed beforehand"),
+        Patch(color=OKABE_ITO[4], alpha=0.22, label="primary contrast of the config"),
         Line2D([], [], lw=0, label="right margin: perturbations on which the method is better"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2)
