@@ -18,7 +18,18 @@ import typer.core
 import yaml
 
 from perturbed.cli_gradients import flow_app, gradients
-from perturbed.cli_options import CardOption, Dataset, FeatureFile, Out, Prepared, Spec, SplitFile, Titles, read_option
+from perturbed.cli_options import (
+    CardOption,
+    Dataset,
+    FeatureFile,
+    Out,
+    Prepared,
+    Spec,
+    SplitFile,
+    Titles,
+    read_option,
+    read_side_files,
+)
 from perturbed.cli_studies import study_app
 from perturbed.errors import ConfigError, PerturbedError
 
@@ -221,7 +232,7 @@ def fit(
     from perturbed.models.fitting import fit_model
     from perturbed.provenance import recorded
 
-    files = {role: Path(path) for role, _, path in (item.partition("=") for item in file or [])}
+    files = read_side_files(file or [])
     inputs = {"prepared": prepared, "split": split, "features": features, "leakage": leakage, **files}
     spec = read_option(method, "--method")
     with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,3 +34,22 @@ def read_option(text: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{name}: must hold a mapping of keys to values")
     return value
+
+
+def read_side_files(items: Sequence[str]) -> dict[str, Path]:
+    """Side files of the data given as ROLE=PATH.
+
+    Raises
+    ------
+    ConfigError
+        If an item is not of that form, or a file does not exist.
+    """
+    files = {}
+    for item in items:
+        role, equals, path = item.partition("=")
+        if not (role and equals and path):
+            raise ConfigError(f"--file {item}: give ROLE=PATH, such as gene_sets=sets.gmt")
+        if not Path(path).is_file():
+            raise ConfigError(f"--file {item}: no such file; correct the path, or the card's files.{role}")
+        files[role] = Path(path)
+    return files

@@ -257,15 +257,21 @@ class SCVIDecoder(Decoder):
         min_share
             As in `counts_of`.
         """
-        place = pd.Index(genes).get_indexer(pd.Index(self.genes))
+        index = pd.Index(genes)
+        if not index.is_unique:
+            twice = index[index.duplicated()][0]
+            raise DataError(f"gene {twice!r} stands twice in the data; keep one, or name genes by another column")
+        place = index.get_indexer(pd.Index(self.genes))
         share = float((place >= 0).mean())
         if share < min_share:
             raise DataError(
                 f"only {share:.0%} of the model's genes are in the data; the model names them like {self.genes[0]!r}, "
                 f"the data like {genes[0]!r}"
             )
-        sample = matrix.data[:100_000]
-        if (sample < 0).any() or (sample != np.round(sample)).any():
+        values = matrix.data
+        if not np.isfinite(values).all():
+            raise DataError("the counts hold NaN or infinite values; take these cells or genes out")
+        if (values < 0).any() or (values != np.round(values)).any():
             raise DataError("the values are no counts (fractions or negative); name the layer that holds them")
         have = np.flatnonzero(place >= 0)
         selector = sparse.csr_matrix(

@@ -198,7 +198,10 @@ def _encode(decoder: SCVIDecoder, source: _Source, rows: np.ndarray, batch: np.n
     parts = []
     for start in range(0, len(rows), CHUNK):
         inside = slice(start, start + CHUNK)
-        counts = decoder.arrange(source.rows(rows[inside]), source.genes)
+        try:
+            counts = decoder.arrange(source.rows(rows[inside]), source.genes)
+        except DataError as error:
+            raise DataError(f"{source.path}: {error}") from None
         parts.append(decoder.encode(counts, list(batch[inside])))
     context = {key: torch.cat([part.context[key] for part in parts]) for key in parts[0].context}
     return Encoded(torch.cat([p.mean for p in parts]), torch.cat([p.sd for p in parts]), context)

@@ -71,7 +71,24 @@ def measure_effects(data: TrainingData) -> Effects:
     MethodError
         If a context has no control cells.
     """
-    means, conditions = average_conditions(data)
+    return effects_of(*average_conditions(data))
+
+
+def effects_of(profiles: np.ndarray, conditions: Sequence[tuple[str, str]]) -> Effects:
+    """Control profiles by context, and effects averaged over contexts with equal weight.
+
+    Parameters
+    ----------
+    profiles
+        One row a condition (n_conditions, n_genes).
+    conditions
+        `(perturbation, context)` of each row.
+
+    Raises
+    ------
+    MethodError
+        If a context has no control cells.
+    """
     place = {key: i for i, key in enumerate(conditions)}
     contexts = tuple(sorted({context for _, context in conditions}))
     for context in contexts:
@@ -80,10 +97,10 @@ def measure_effects(data: TrainingData) -> Effects:
     seen: dict[str, list[np.ndarray]] = {}
     for (perturbation, context), i in place.items():
         if perturbation != CONTROL:
-            seen.setdefault(perturbation, []).append(means[i] - means[place[CONTROL, context]])
+            seen.setdefault(perturbation, []).append(profiles[i] - profiles[place[CONTROL, context]])
     names = tuple(sorted(seen))
-    effect = np.stack([np.mean(seen[name], axis=0) for name in names]) if names else np.zeros((0, means.shape[1]))
-    return Effects(np.stack([means[place[CONTROL, context]] for context in contexts]), effect, contexts, names)
+    effect = np.stack([np.mean(seen[name], axis=0) for name in names]) if names else np.zeros((0, profiles.shape[1]))
+    return Effects(np.stack([profiles[place[CONTROL, context]] for context in contexts]), effect, contexts, names)
 
 
 def embed_genes(effects: Effects, n_components: int) -> np.ndarray:

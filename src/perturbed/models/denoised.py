@@ -10,7 +10,7 @@ from scipy import sparse
 
 from perturbed.errors import MethodError, UnseenPerturbationError
 from perturbed.models.base import Method, TrainingData
-from perturbed.models.baselines import average_conditions
+from perturbed.models.baselines import average_conditions, effects_of
 from perturbed.names import CONTROL, genes_of
 
 
@@ -47,18 +47,8 @@ class DenoisedEffects(Method):
         MethodError
             If a context has no control cells.
         """
-        place = {key: i for i, key in enumerate(conditions)}
-        contexts = tuple(sorted({context for _, context in conditions}))
-        for context in contexts:
-            if (CONTROL, context) not in place:
-                raise MethodError(f"context {context!r} has no control cells in training; every method needs them")
-        seen: dict[str, list[np.ndarray]] = {}
-        for (perturbation, context), i in place.items():
-            if perturbation != CONTROL:
-                seen.setdefault(perturbation, []).append(profiles[i] - profiles[place[CONTROL, context]])
-        names = tuple(sorted(seen))
-        effect = np.stack([np.mean(seen[name], axis=0) for name in names]) if names else np.zeros((0, len(genes)))
-        self._hold(np.stack([profiles[place[CONTROL, c]] for c in contexts]), effect, contexts, names, genes)
+        found = effects_of(profiles, conditions)
+        self._hold(found.control, found.effect, found.contexts, found.perturbations, genes)
 
     def _hold(
         self,

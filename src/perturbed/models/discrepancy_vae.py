@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from pydantic import Field
 from scipy import sparse
 from torch import Tensor
 
-from perturbed.config import Section
 from perturbed.errors import MethodError
-from perturbed.models.base import FitRun, Method, TrainingData, require_seen
+from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.cells import PairedCells
 from perturbed.models.discrepancy_vae_module import (
     DiscrepancyVAEModule,
@@ -26,14 +25,10 @@ from perturbed.models.discrepancy_vae_module import (
     mmd_weight,
     target_temperature,
 )
+from perturbed.models.from_control import CHUNK, FromControl
 from perturbed.models.nn.mmd import multiscale_bandwidths
 from perturbed.names import CONTROL
 from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
-
-CHUNK = 512
-"""Cells encoded or decoded at a time."""
-MEAN_SAMPLES = 1000
-"""At least so many samples are averaged where the mean is one of samples; every control cell counts the same."""
 
 
 class DiscrepancyVAEParams(TrainingOptions):
@@ -68,20 +63,13 @@ class DiscrepancyVAEParams(TrainingOptions):
     """Cells of a batch, all of one condition."""
 
 
-class DiscrepancyVAE(Method):
+class DiscrepancyVAE(FromControl):
     """Discrepancy-VAE (Zhang et al. 2023), any number of simultaneous perturbations."""
 
     Params = DiscrepancyVAEParams
-    stochastic = True
+    title = "Discrepancy-VAE"
     params: DiscrepancyVAEParams
-
-    def __init__(self, params: Section | None = None) -> None:
-        super().__init__(params)
-        self.module: DiscrepancyVAEModule
-        self._genes: tuple[str, ...] = ()
-        self._perturbed: tuple[str, ...] = ()
-        self._contexts: tuple[str, ...] = ()
-        self._control: dict[str, Tensor] = {}
+    module: DiscrepancyVAEModule
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
@@ -98,7 +86,7 @@ class DiscrepancyVAE(Method):
         self._contexts = tuple(sorted(set(data.context)))
         is_perturbed = np.asarray(data.perturbation != CONTROL)
         if not (is_perturbed & ~data.is_val).any():
-            raise MethodError(f"{type(self).__name__} needs perturbed training cells; all cells are control")
+            raise MethodError(f"{self.title} needs perturbed training cells; all cells are control")
         cells = PairedCells(data, self._perturbed, self._contexts, run.device)
         mask = self._encoder_mask(data)
         with seeded_weights(run.seed):
@@ -160,47 +148,13 @@ class DiscrepancyVAE(Method):
 
     # --- predicting -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def predict_one(self, perturbation: str, context: str, *, seed: int = 0) -> dict[str, np.ndarray]:
-        """Mean expression, and variance and generated cells where `n_samples` is above 0.
-
-        Raises
-        ------
-        UnseenPerturbationError
-            If a gene was perturbed in no training cell.
-        MethodError
-            If the context had no control cells in training.
-        """
-        genes = require_seen(perturbation, self._perturbed, type(self).__name__)
-        if context not in self._contexts:
-            raise MethodError(f"context {context!r} was not in training; known: {', '.join(self._contexts)}")
-        pool = torch.nonzero(self._control["context"] == self._contexts.index(context)).ravel()
-        result: dict[str, np.ndarray] = {}
-        if self.params.n_samples:
-            random = Random.seeded(seed, 4)
-            rows = pool[torch.from_numpy(random.numpy.integers(len(pool), size=self.params.n_samples))]
-            result["cells"] = self._intervene(genes, rows, random).numpy()
-            result["variance"] = result["cells"].astype(np.float64).var(axis=0).astype(np.float32)
-        result["mean"] = self._mean(genes, pool, seed).astype(np.float32)
-        return result
-
-    def _mean(self, genes: tuple[str, ...], rows: Tensor, seed: int) -> np.ndarray:
-        random = None
-        if self.params.predict == "sample":
-            random = Random.seeded(seed, 5)
-            rows = rows.repeat(-(-MEAN_SAMPLES // len(rows)))
-        total = sum(self._intervene(genes, part, random).double().sum(0) for part in rows.split(CHUNK))
-        return np.asarray(total / len(rows))
-
-    def _intervene(self, genes: tuple[str, ...], rows: Tensor, random: Random | None) -> Tensor:
+    def _decode(self, genes: tuple[str, ...], rows: Tensor, random: Random | None) -> Tensor:
         """Decode control cells `rows` as if perturbed: from latent means, or sampled where `random` is given."""
         z = self._control["mean"][rows]
         if random is not None:
             z = z + self._control["sd"][rows] * torch.randn(z.shape, generator=random.torch)
-        condition = torch.zeros(1, len(self._perturbed))
-        condition[0, [self._perturbed.index(gene) for gene in genes]] = 1
         temperature = self.params.predict_temperature or self.params.temperature
-        return self.module.decode(self.module.causal(z + self.module.shift(condition, temperature)))
+        return self.module.decode(self.module.causal(z + self.module.shift(self._condition(genes), temperature)))
 
     @torch.no_grad()
     def represent(self, X: sparse.csr_matrix) -> np.ndarray:
@@ -209,29 +163,5 @@ class DiscrepancyVAE(Method):
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 
-    @property
-    def genes(self) -> tuple[str, ...]:
-        """Gene names of the predictions."""
-        return self._genes
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, and the posterior of the control cells."""
-        weights = {f"module.{key}": value for key, value in self.module.state_dict().items()}
-        return weights | {f"control.{key}": value for key, value in self._control.items()}
-
-    def meta(self) -> dict[str, Any]:
-        """Names of genes, perturbed genes and contexts."""
-        return {"genes": self._genes, "perturbed": self._perturbed, "contexts": self._contexts}
-
-    def load_state(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Restore a fitted model."""
-        self._genes, self._perturbed = tuple(meta["genes"]), tuple(meta["perturbed"])
-        self._contexts = tuple(meta["contexts"])
-        parts = {"module": {}, "control": {}}  # type: dict[str, dict[str, Tensor]]
-        for key, value in state.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        self.module = self._build(parts["module"].get("encoder.0.mask"))
-        self.module.load_state_dict(parts["module"])
-        self.module.eval()
-        self._control = parts["control"]
+    def _rebuild(self, state: Mapping[str, Tensor]) -> DiscrepancyVAEModule:
+        return self._build(state.get("encoder.0.mask"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from perturbed.config import Section
 from perturbed.errors import MethodError
-from perturbed.models.base import FitRun, Method, TrainingData, require_seen
+from perturbed.models.base import FitRun, TrainingData, require_seen
 from perturbed.models.cells import PairedCells, batch_by_blocks, normalising_factor
-from perturbed.models.nn.likelihoods import nb_log1p_moments
+from perturbed.models.from_control import CHUNK, FromControl
 from perturbed.models.nn.schedules import warm_up_linearly
 from perturbed.models.perturbedvae_module import Draws, LossTerms, PerturbedVAEModule
 from perturbed.models.perturbedvae_params import PerturbedVAEParams
@@ -24,17 +23,11 @@ from perturbed.training import Random, Task, dense_rows, fingerprint, seeded_wei
 
 __all__ = ["PerturbedVAE", "PerturbedVAEParams"]
 
-CHUNK = 512
-"""Cells encoded or decoded at a time."""
-MEAN_SAMPLES = 1000
-"""At least so many samples are averaged where the mean is one of samples; every control cell counts the same."""
-NB_CELLS = 200
-"""Control cells behind a predicted mean of counts."""
 MMD_BLOCK = 32
 """Cells of one condition that stand together in a batch when the MMD compares them (the discrepancy-VAE's batch)."""
 
 
-class PerturbedVAE(Method):
+class PerturbedVAE(FromControl):
     """PerturbedVAE (Jiang et al. 2026).
 
     z_ι is encoded from the cell alone, z_ν from cell and condition; a linear-Gaussian SCM whose mechanisms depend on
@@ -43,19 +36,15 @@ class PerturbedVAE(Method):
     """
 
     Params = PerturbedVAEParams
-    stochastic = True
+    title = "PerturbedVAE"
     params: PerturbedVAEParams
+    module: PerturbedVAEModule
 
     def __init__(self, params: Section | None = None) -> None:
         super().__init__(params)
         if self.params.mmd_weight and self.params.likelihood == "nb":
             raise MethodError("mmd_weight: the MMD compares log-normalised cells; use `likelihood: gaussian`, or 0")
         self.needs_counts = self.params.likelihood == "nb"  # type: ignore[misc]
-        self.module: PerturbedVAEModule
-        self._genes: tuple[str, ...] = ()
-        self._perturbed: tuple[str, ...] = ()
-        self._contexts: tuple[str, ...] = ()
-        self._control: dict[str, Tensor] = {}
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
@@ -242,26 +231,6 @@ class PerturbedVAE(Method):
     # --- predicting -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def predict_one(self, perturbation: str, context: str, *, seed: int = 0) -> dict[str, np.ndarray]:
-        """Mean expression, and variance and generated cells where `n_samples` is above 0.
-
-        Raises
-        ------
-        UnseenPerturbationError
-            If a gene was perturbed in no training cell.
-        MethodError
-            If the context had no control cells in training.
-        """
-        genes = self._require(perturbation, context)
-        result: dict[str, np.ndarray] = {}
-        if self.params.n_samples:
-            random = Random.seeded(seed, 4)
-            n_cells = self.params.n_samples
-            result["cells"], result["variance"] = self._generate(genes, context, random, n_cells)
-        result["mean"] = self.predict_mean(perturbation, context, seed=seed)
-        return result
-
-    @torch.no_grad()
     def predict_mean(self, perturbation: str, context: str, *, seed: int = 0) -> np.ndarray:
         """Mean expression under a perturbation, float32 (n_genes,); raises as `predict_one`."""
         genes = self._require(perturbation, context)
@@ -277,38 +246,6 @@ class PerturbedVAE(Method):
         genes = self._require(perturbation, context)
         return self._generate(genes, context, Random.seeded(seed, 4), n_cells)[0]
 
-    def _require(self, perturbation: str, context: str) -> tuple[str, ...]:
-        """The genes of a perturbation that can be predicted."""
-        genes = require_seen(perturbation, self._perturbed, "PerturbedVAE")
-        if context not in self._contexts:
-            raise MethodError(f"context {context!r} was not in training; known: {', '.join(self._contexts)}")
-        return genes
-
-    def _mean(self, genes: tuple[str, ...], context: str, seed: int) -> np.ndarray:
-        rows = self._control_of(context)
-        if self.params.likelihood == "nb":
-            rows = rows[:NB_CELLS]  # the moments of the counts are dear; the order is random
-        random = None
-        if self.params.predict == "sample":
-            random = Random.seeded(seed, 5)
-            rows = rows.repeat(-(-MEAN_SAMPLES // len(rows))) if self.params.likelihood == "gaussian" else rows
-        parts = rows.split(CHUNK)
-        total = sum(self._expect(self._decode(genes, part, random), part)[0].sum(0) for part in parts)
-        return np.asarray(total / len(rows))
-
-    def _generate(
-        self, genes: tuple[str, ...], context: str, random: Random, n_cells: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        pool = self._control_of(context)
-        rows = pool[torch.from_numpy(random.numpy.integers(len(pool), size=n_cells))]
-        decoded = self._decode(genes, rows, random)
-        mean, variance = self._expect(decoded, rows)
-        total_variance = mean.var(axis=0) + variance.mean(axis=0)
-        return self._observe(decoded, rows, random).astype(np.float32), total_variance.astype(np.float32)
-
-    def _control_of(self, context: str) -> Tensor:
-        return torch.nonzero(self._control["context"] == self._contexts.index(context)).ravel()
-
     def _decode(self, genes: tuple[str, ...], rows: Tensor, random: Random | None) -> Tensor:
         """Decode control cells `rows` as if perturbed: at latent means, or sampled where `random` is given."""
         mechanisms = self.module.scm(self._condition(genes))
@@ -320,70 +257,10 @@ class PerturbedVAE(Method):
         which = torch.zeros(len(rows), dtype=torch.long)
         return self.module.generative(mechanisms, which, z_iota, noise).decoded
 
-    def _condition(self, genes: tuple[str, ...]) -> Tensor:
-        condition = torch.zeros(1, len(self._perturbed))
-        condition[0, [self._perturbed.index(gene) for gene in genes]] = 1
-        return condition
-
-    def _expect(self, decoded: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of the observation, on the scale of log-normalised expression, given decoded latents."""
-        log_dispersion = self.module.log_dispersion
-        if self.params.likelihood == "nb":
-            assert log_dispersion is not None
-            mean = decoded.double().exp().numpy() * self._control["size"][rows, None].numpy()
-            return nb_log1p_moments(mean, log_dispersion.double().exp().numpy(), self._control["scale"][rows].numpy())
-        value = decoded.double().numpy()
-        noise = 0.0 if log_dispersion is None else log_dispersion.double().mul(2).exp().numpy()
-        return value, np.broadcast_to(noise, value.shape)
-
-    def _observe(self, decoded: Tensor, rows: Tensor, random: Random) -> np.ndarray:
-        """Draw observations given decoded latents."""
-        log_dispersion = self.module.log_dispersion
-        if self.params.likelihood == "nb":
-            assert log_dispersion is not None
-            mean = decoded.double().exp().numpy() * self._control["size"][rows, None].numpy()
-            theta = log_dispersion.double().exp().numpy()
-            counts = random.numpy.poisson(random.numpy.gamma(theta, mean / theta))
-            return np.log1p(counts * self._control["scale"][rows, None].numpy())
-        if log_dispersion is None:
-            return decoded.numpy()
-        return (decoded + log_dispersion.exp() * torch.randn(decoded.shape, generator=random.torch)).numpy()
-
-    # --- keeping ----------------------------------------------------------------------------------------------------
-
     @property
-    def genes(self) -> tuple[str, ...]:
-        """Gene names of the predictions."""
-        return self._genes
+    def log_noise(self) -> Tensor | None:
+        """Logarithm of each gene's inverse dispersion (counts) or, where it is learned, observation noise."""
+        return self.module.log_dispersion
 
-    @property
-    def perturbed(self) -> tuple[str, ...]:
-        """Genes that were perturbed in training, in the order of the condition vector."""
-        return self._perturbed
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """Contexts of training."""
-        return self._contexts
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, and the posterior of the control cells."""
-        weights = {f"module.{key}": value for key, value in self.module.state_dict().items()}
-        return weights | {f"control.{key}": value for key, value in self._control.items()}
-
-    def meta(self) -> dict[str, Any]:
-        """Names of genes, perturbed genes and contexts."""
-        return {"genes": self._genes, "perturbed": self._perturbed, "contexts": self._contexts}
-
-    def load_state(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Restore a fitted model."""
-        self._genes, self._perturbed = tuple(meta["genes"]), tuple(meta["perturbed"])
-        self._contexts = tuple(meta["contexts"])
-        self.module = PerturbedVAEModule(len(self._genes), len(self._perturbed), self.params)
-        self.module.load_state_dict(_strip(state, "module."))
-        self.module.eval()
-        self._control = _strip(state, "control.")
-
-
-def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    def _rebuild(self, state: Mapping[str, Tensor]) -> PerturbedVAEModule:
+        return PerturbedVAEModule(len(self._genes), len(self._perturbed), self.params)

@@ -16,8 +16,9 @@ from torch import Tensor
 from perturbed.config import Section
 from perturbed.errors import DataError, MethodError
 from perturbed.models.base import TrainingData
-from perturbed.models.discrepancy_vae import CHUNK, DiscrepancyVAE, DiscrepancyVAEParams
+from perturbed.models.discrepancy_vae import DiscrepancyVAE, DiscrepancyVAEParams
 from perturbed.models.discrepancy_vae_module import Weights
+from perturbed.models.from_control import CHUNK
 from perturbed.training import dense_rows
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Sena(DiscrepancyVAE):
     """
 
     Params = SenaParams
+    title = "SENA"
     params: SenaParams
 
     def __init__(self, params: Section | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,19 +14,13 @@ from torch import Tensor
 
 from perturbed.config import Section
 from perturbed.errors import MethodError
-from perturbed.models.base import FitRun, Method, TrainingData, require_seen
+from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.cells import PairedCells
-from perturbed.models.nn.likelihoods import gather_counts, nb_log1p_moments
+from perturbed.models.from_control import CHUNK, FromControl
+from perturbed.models.nn.likelihoods import gather_counts
 from perturbed.models.nn.schedules import warm_up_linearly
 from perturbed.models.sparse_shift_module import LOG_SD_FLOOR, ShiftBatch, SparseShiftModule, SparseShiftTerms
 from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
-
-CHUNK = 512
-"""Cells encoded or decoded at a time."""
-MEAN_SAMPLES = 1000
-"""At least so many samples are averaged where the mean is one of samples; every control cell counts the same."""
-NB_CELLS = 200
-"""Control cells behind a predicted mean of counts."""
 
 
 class SparseShiftOptions(TrainingOptions):
@@ -55,22 +49,14 @@ class SparseShiftOptions(TrainingOptions):
     """Cells generated per prediction, also used for the variance; 0 gives means only."""
 
 
-class SparseShiftVAE(Method):
+class SparseShiftVAE(FromControl):
     """Base of SAMS-VAE and sVAE+: perturbations add masked shifts to latents that a VAE encodes and decodes."""
 
-    stochastic = True
-    params: Any
-    title: ClassVar[str]
-    """Name in error messages."""
+    module: SparseShiftModule
 
     def __init__(self, params: Section | None = None) -> None:
         super().__init__(params)
         self.needs_counts = self.params.likelihood == "nb"  # type: ignore[misc]
-        self.module: SparseShiftModule
-        self._genes: tuple[str, ...] = ()
-        self._perturbed: tuple[str, ...] = ()
-        self._contexts: tuple[str, ...] = ()
-        self._control: dict[str, Tensor] = {}
 
     def check(self, data: TrainingData) -> None:
         """Refuse data the method cannot run on.
@@ -192,102 +178,27 @@ class SparseShiftVAE(Method):
 
     # --- prediction -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def predict_one(self, perturbation: str, context: str, *, seed: int = 0) -> dict[str, np.ndarray]:
-        """Predict by decoding the starting latents of the context plus the sum of the genes' shifts.
-
-        Raises
-        ------
-        MethodError
-            If the context had no control cells in training.
-        UnseenPerturbationError
-            If a gene was never perturbed in training.
-        """
-        if context not in self._contexts:
-            known = ", ".join(self._contexts)
-            raise MethodError(f"context {context!r} has no control cells in training; known: {known}")
-        genes = [self._perturbed.index(gene) for gene in require_seen(perturbation, self._perturbed, self.title)]
-        pool = torch.nonzero(self._control["context"] == self._contexts.index(context)).ravel()
-        result: dict[str, np.ndarray] = {"mean": self._mean(genes, pool, seed)}
-        if self.params.n_samples:
-            random = Random.seeded(seed, 4)
-            rows = pool[torch.from_numpy(random.numpy.integers(len(pool), size=self.params.n_samples))]
-            decoded = self._decode(genes, rows, random)
-            mean, variance = self._expect(decoded, rows)
-            result["cells"] = self._observe(decoded, rows, random).astype(np.float32)
-            result["variance"] = (mean.var(axis=0) + variance.mean(axis=0)).astype(np.float32)
-        return result
-
-    def _mean(self, genes: list[int], rows: Tensor, seed: int) -> np.ndarray:
-        gaussian = self.params.likelihood == "gaussian"
-        if not gaussian:
-            rows = rows[:NB_CELLS]  # the moments of the counts are dear; the order is random
-        random = None
-        if self.params.predict == "sample":
-            random = Random.seeded(seed, 5)
-            rows = rows.repeat(-(-MEAN_SAMPLES // len(rows))) if gaussian else rows
-        parts = rows.split(CHUNK)
-        total = sum(self._expect(self._decode(genes, part, random), part)[0].sum(0) for part in parts)
-        return np.asarray(total / len(rows), dtype=np.float32)
-
     def start(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd of the unperturbed latents that predictions in place of control cells `rows` start from."""
         mean, sd = self._control["mean"][rows], self._control["sd"][rows]
         return (torch.zeros_like(mean), torch.ones_like(sd)) if self.params.start_from == "prior" else (mean, sd)
 
-    def _decode(self, genes: list[int], rows: Tensor, random: Random | None) -> Tensor:
+    def _decode(self, genes: tuple[str, ...], rows: Tensor, random: Random | None) -> Tensor:
         """Decode control cells `rows` as if perturbed: at latent means, or sampled where `random` is given."""
         z, sd = self.start(rows)
         if random is not None:
             z = z + sd * torch.randn(z.shape, generator=random.torch)
-            return self.module.decode(z + self.module.draw_shift(genes, len(rows), random))
-        condition = torch.zeros(1, len(self._perturbed))
-        condition[0, genes] = 1
-        return self.module.decode(z + self.module.mean_shift(condition))
-
-    def _expect(self, decoded: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of the observation, on the scale of log-normalised expression, given decoded latents."""
-        noise = self.module.log_noise.double()
-        if self.params.likelihood == "nb":
-            mean = decoded.double().exp().numpy() * self._control["size"][rows, None].numpy()
-            return nb_log1p_moments(mean, noise.exp().numpy(), self._control["scale"][rows].numpy())
-        value = decoded.double().numpy()
-        return value, np.broadcast_to(noise.mul(2).exp().numpy(), value.shape)
-
-    def _observe(self, decoded: Tensor, rows: Tensor, random: Random) -> np.ndarray:
-        """Draw observations given decoded latents."""
-        if self.params.likelihood == "nb":
-            mean = decoded.double().exp().numpy() * self._control["size"][rows, None].numpy()
-            theta = self.module.log_noise.double().exp().numpy()
-            counts = random.numpy.poisson(random.numpy.gamma(theta, mean / theta))
-            return np.log1p(counts * self._control["scale"][rows, None].numpy())
-        noise = torch.randn(decoded.shape, generator=random.torch)
-        return (decoded + self.module.log_noise.exp() * noise).numpy()
-
-    # --- keeping ----------------------------------------------------------------------------------------------------
+            places = [self._perturbed.index(gene) for gene in genes]
+            return self.module.decode(z + self.module.draw_shift(places, len(rows), random))
+        return self.module.decode(z + self.module.mean_shift(self._condition(genes)))
 
     @property
-    def genes(self) -> tuple[str, ...]:
-        """Gene names of the predictions."""
-        return self._genes
+    def log_noise(self) -> Tensor:
+        """Logarithm of each gene's inverse dispersion (counts) or observation noise (Gaussian)."""
+        return self.module.log_noise
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights, and the posterior of the control cells."""
-        weights = {f"module.{key}": value for key, value in self.module.state_dict().items()}
-        return weights | {f"control.{key}": value for key, value in self._control.items()}
-
-    def meta(self) -> dict[str, Any]:
-        """Names of genes, perturbed genes and contexts."""
-        return {"genes": self._genes, "perturbed": self._perturbed, "contexts": self._contexts}
-
-    def load_state(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Restore a fitted model."""
-        self._genes, self._perturbed = tuple(meta["genes"]), tuple(meta["perturbed"])
-        self._contexts = tuple(meta["contexts"])
-        self.module = self.build_module(len(self._genes), len(self._perturbed))
-        self.module.load_state_dict(_strip(state, "module."))
-        self.module.eval()
-        self._control = _strip(state, "control.")
+    def _rebuild(self, state: Mapping[str, Tensor]) -> SparseShiftModule:
+        return self.build_module(len(self._genes), len(self._perturbed))
 
 
 def _batch(cells: PairedCells, rows: np.ndarray) -> ShiftBatch:
