@@ -1,0 +1,1 @@
+"""Gene sets, their enrichment in ranked lists of genes, and the judgement of pathways."""
