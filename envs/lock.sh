@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write the lock files, core and dev from pyproject.toml, gears from its own list: one resolution for Linux and Python 3.11 to 3.13.
+# Write the lock files, core and dev from pyproject.toml, the others from their own lists, and the conda environments: one resolution for Linux and Python 3.11 to 3.13.
 # torch pins its own CUDA packages, so those lines are left out: a CPU build must not drag them in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,3 +13,5 @@ compile() { # lock, source, further arguments
 compile envs/core.lock pyproject.toml
 compile envs/dev.lock pyproject.toml --group dev -c envs/core.lock
 compile envs/gears.lock envs/gears.in -c envs/core.lock
+compile envs/llama.lock envs/llama.in -c envs/core.lock
+"${PYTHON:-.venv/bin/python}" envs/conda.py

@@ -26,7 +26,7 @@ from scipy import sparse
 from perturbed.data import download as transfer
 from perturbed.data import fetch as fetching
 from perturbed.data.cards import Card, RemoteFile
-from perturbed.data.fetch import fetch, fetch_file, mirror_files
+from perturbed.data.fetch import fetch, fetch_file
 from perturbed.errors import ConfigError, DataError, FetchError
 
 BODY = np.random.default_rng(7).bytes(300_000)
@@ -475,39 +475,6 @@ def test_mirror_that_is_no_folder(tmp_path: Path) -> None:
 
 def url_card(*files: dict[str, Any], **other: Any) -> Card:
     return Card.model_validate({"source": {"kind": "url", "files": list(files)}, **other})
-
-
-def test_mirror_files_fills_a_folder_that_serves_without_network(server: Server, tmp_path: Path) -> None:
-    other = b"other content"
-    server.bodies["/good/other.bin"] = other
-    first = {"name": "file.bin", "urls": [server.url("good")], "sha256": SHA}
-    second = {
-        "name": "other.bin",
-        "urls": [f"{server.address}/good/other.bin"],
-        "md5": hashlib.md5(other).hexdigest(),
-    }
-    cards = {
-        "a": url_card(first),
-        "b": url_card(first, second),
-        "c": Card.model_validate({"source": {"kind": "path", "path": "x.h5ad"}}),
-    }
-    manifest = mirror_files(cards, tmp_path / "mirror", allow_insecure=True, progress=False)
-    entries = {entry["name"]: entry for entry in json.loads(manifest.read_text())}
-    assert entries["file.bin"]["datasets"] == ["a", "b"]
-    assert entries["file.bin"]["sha256"] == SHA
-    assert entries["other.bin"]["sha256"] == hashlib.sha256(other).hexdigest()
-    assert entries["other.bin"]["bytes"] == len(other)
-    assert (tmp_path / "mirror" / "SHA256SUMS").read_text().splitlines()[0] == f"{SHA}  file.bin"
-    assert len(server.log.requests) == 2
-    lone = remote("https://example.invalid/file.bin")
-    assert get(lone, tmp_path / "data", mirror=tmp_path / "mirror").read_bytes() == BODY
-
-
-def test_mirror_files_refuses_two_files_of_one_name(tmp_path: Path) -> None:
-    one = url_card({"name": "file.bin", "urls": ["https://example.invalid/a"], "sha256": SHA})
-    two = url_card({"name": "file.bin", "urls": ["https://example.invalid/b"], "sha256": "0" * 64})
-    with pytest.raises(ConfigError, match=r"two: source.files: file.bin is another file in one"):
-        mirror_files({"one": one, "two": two}, tmp_path)
 
 
 # --- disks and interrupts -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
 import stat
 import tarfile
 import zipfile
@@ -23,6 +24,10 @@ MAX_RATIO = 200.0
 FREE_BYTES = 16 * 2**20
 """Below this size the ratio is not looked at; tiny files of zeros are harmless."""
 BLOCK = 2**20
+BROKEN = (
+    zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
+)  # fmt: skip
+"""What the readers raise for archives that are cut or changed."""
 
 
 def extract_member(
@@ -99,7 +104,7 @@ def iter_member(
                         "this looks like a decompression bomb, get the archive from another source"
                     )
                 yield block
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{archive}: broken archive ({reason}); delete it and fetch it anew") from None
 

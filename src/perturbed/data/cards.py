@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -29,13 +30,19 @@ Patterns = Annotated[
 ]
 
 
+def _refuse_passwords(urls: tuple[str, ...]) -> tuple[str, ...]:
+    if any("@" in urlsplit(url).netloc for url in urls):
+        raise ValueError("an address names a user or password; download the file by hand and give it as `mirror`")
+    return urls
+
+
 class RemoteFile(Section):
     """One file to download."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Name on disk."""
-    urls: Annotated[Strings, Field(min_length=1)]
-    """Addresses of the same bytes, tried in order."""
+    urls: Annotated[Strings, Field(min_length=1), AfterValidator(_refuse_passwords)]
+    """Addresses of the same bytes, tried in order; without user or password, since logs and records show them."""
     bytes: int | None = None
     """Size, where known; a reply of another size is refused."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")

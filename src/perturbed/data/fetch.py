@@ -6,9 +6,8 @@ import datetime
 import errno
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from perturbed.data.cards import Card, PathSource, RemoteFile, SimulationSource,
 from perturbed.data.download import Refused, download, write_problem
 from perturbed.data.raw import check_raw, write_raw
 from perturbed.errors import ConfigError, DataError, FetchError
-from perturbed.files import atomic, hash_file, write_json, write_text
+from perturbed.files import atomic, hash_file, write_json
 
 ALLOW_LOCALHOST = "PERTURBED_ALLOW_LOCALHOST"
 """Environment variable that, set to 1, accepts http://localhost and file:// addresses: for tests, not for data."""
@@ -107,7 +106,7 @@ def find_source(source: PathSource, name: str) -> Path:
 
 def _describe(file: RemoteFile, folder: Path) -> dict[str, Any]:
     """A file's entry in the provenance; its date is that of the download, so that a rerun writes the same bytes."""
-    record = _read_record(folder, file.name)
+    record = read_record(folder, file.name)
     entry: dict[str, Any] = {"name": file.name, "urls": list(file.urls)}
     if record is not None:
         entry |= {"sha256": record.hashes.get("sha256"), "bytes": record.size}
@@ -115,62 +114,6 @@ def _describe(file: RemoteFile, folder: Path) -> dict[str, Any]:
     if file.member is not None:
         entry |= {"member": file.member, "member_sha256": file.member_sha256}
     return entry
-
-
-def mirror_files(
-    cards: Mapping[str, Card],
-    folder: str | Path,
-    *,
-    mirror: str | Path | None = None,
-    allow_unpinned: bool = False,
-    allow_insecure: bool = False,
-    progress: bool = True,
-) -> Path:
-    """Collect all files of these cards in one folder, to be carried to a machine without internet.
-
-    Writes `manifest.json` (name, size, hashes, data sets) and `SHA256SUMS` (for `sha256sum -c`) beside the files.
-
-    Returns
-    -------
-    Path
-        The manifest.
-
-    Raises
-    ------
-    ConfigError
-        If two cards mean different files by the same name.
-    FetchError
-        If a file cannot be had.
-    """
-    folder = Path(folder)
-    wanted: dict[str, RemoteFile] = {}
-    users: dict[str, list[str]] = {}
-    for dataset, card in cards.items():
-        for file in card.source.files if isinstance(card.source, UrlSource) else ():
-            known = wanted.setdefault(file.name, file)
-            if (known.sha256, known.md5, known.bytes) != (file.sha256, file.md5, file.bytes):
-                raise ConfigError(f"{dataset}: source.files: {file.name} is another file in {users[file.name][0]}")
-            users.setdefault(file.name, []).append(dataset)
-    insecure, entries = allow_insecure or _localhost_allowed(), []
-    for key, file in sorted(wanted.items()):
-        source = None if mirror is None else Path(mirror)
-        path = _obtain(file, folder, source, allow_unpinned, insecure, progress)
-        if path.parent != folder:
-            path = _copy_in(path, folder / key)
-        record = _hashed(path, folder, ("sha256", "md5"))
-        entries.append({"name": key, "bytes": record.size, **record.hashes, "datasets": users[key]})
-    write_text(folder / "SHA256SUMS", "".join(f"{entry['sha256']}  {entry['name']}\n" for entry in entries))
-    write_json(folder / "manifest.json", entries)
-    return folder / "manifest.json"
-
-
-def _copy_in(source: Path, target: Path) -> Path:
-    try:
-        with atomic(target) as part:
-            shutil.copyfile(source, part)
-    except OSError as error:
-        raise FetchError(write_problem(target, error)) from None
-    return target
 
 
 # --- one file -----------------------------------------------------------------------------------------------------
@@ -215,10 +158,10 @@ def fetch_file(
     folder = Path(folder)
     target = folder / f"{PurePosixPath(file.name).stem}.{PurePosixPath(file.member or '').name}"
     if file.member_sha256 is not None and target.is_file():
-        if _hashed(target, folder, ("sha256",)).hashes["sha256"] == file.member_sha256:
+        if hashed(target, folder, ("sha256",)).hashes["sha256"] == file.member_sha256:
             return target
-        _say(f"{target}: not the pinned member; it is unpacked anew")
-    whole = _obtain(file, folder, mirror, allow_unpinned, allow_insecure or _localhost_allowed(), progress)
+        say(f"{target}: not the pinned member; it is unpacked anew")
+    whole = obtain(file, folder, mirror, allow_unpinned, allow_insecure or localhost_allowed(), progress)
     if file.member is None:
         return whole
     with _locked(folder, target.name):
@@ -228,11 +171,12 @@ def fetch_file(
             raise FetchError(write_problem(target, error)) from None
 
 
-def _localhost_allowed() -> bool:
+def localhost_allowed() -> bool:
+    """Whether addresses of this machine are accepted."""
     return os.environ.get(ALLOW_LOCALHOST) == "1"
 
 
-def _obtain(
+def obtain(
     file: RemoteFile, folder: Path, mirror: Path | None, allow_unpinned: bool, allow_insecure: bool, progress: bool
 ) -> Path:
     """The checked file as it is published, so the archive where it is a member that is wanted."""
@@ -250,9 +194,9 @@ def _obtain(
             path, origin = _mirrored(file, folder, mirror), f"mirror {mirror}"
         if path is None:
             path, origin = _downloaded(file, folder, pinned, allow_insecure, progress)
-        record = _hashed(path, folder, ("sha256",), origin)
+        record = hashed(path, folder, ("sha256",), origin)
         if not pinned:
-            _say(f"{file.name} is not pinned; to pin it, add to the card: sha256: {record.hashes['sha256']}")
+            say(f"{file.name} is not pinned; to pin it, add to the card: sha256: {record.hashes['sha256']}")
     return path
 
 
@@ -263,7 +207,7 @@ def _kept(file: RemoteFile, folder: Path) -> Path | None:
     problem = _mismatch(path, file, folder)
     if problem is None:
         return path
-    _say(f"{path}: {problem}; it is fetched anew")
+    say(f"{path}: {problem}; it is fetched anew")
     path.unlink()
     return None
 
@@ -271,12 +215,12 @@ def _kept(file: RemoteFile, folder: Path) -> Path | None:
 def _mirrored(file: RemoteFile, folder: Path, mirror: Path) -> Path | None:
     path = mirror / file.name
     if not path.is_file():
-        _say(f"{file.name}: not in the mirror {mirror}; its addresses are tried")
+        say(f"{file.name}: not in the mirror {mirror}; its addresses are tried")
         return None
     problem = _mismatch(path, file, folder)
     if problem is None:
         return path
-    _say(f"{path}: {problem}; its addresses are tried")
+    say(f"{path}: {problem}; its addresses are tried")
     return None
 
 
@@ -314,7 +258,7 @@ def _mismatch(path: Path, file: RemoteFile, folder: Path) -> str | None:
         return f"{size:,} bytes, expected {file.bytes:,}"
     for algorithm, expected in (("sha256", file.sha256), ("md5", file.md5)):
         if expected is not None:
-            found = _hashed(path, folder, (algorithm,)).hashes[algorithm]
+            found = hashed(path, folder, (algorithm,)).hashes[algorithm]
             return None if found == expected else f"{algorithm} {found}, expected {expected}"
     if file.member is not None and file.member_sha256 is not None:
         try:
@@ -328,11 +272,11 @@ def _mismatch(path: Path, file: RemoteFile, folder: Path) -> str | None:
 # --- records and locks --------------------------------------------------------------------------------------------
 
 
-def _hashed(path: Path, folder: Path, algorithms: tuple[str, ...], origin: str = "") -> FileRecord:
+def hashed(path: Path, folder: Path, algorithms: tuple[str, ...], origin: str = "") -> FileRecord:
     """The record of `path` with these hashes, computed only where size or time of change differ from the record's."""
     name, stat = path.name.removesuffix(".part"), path.stat()
     now = (str(path.with_name(name)), stat.st_size, stat.st_mtime_ns)
-    known = _read_record(folder, name)
+    known = read_record(folder, name)
     if known is None or (known.path, known.size, known.mtime_ns) != now:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         known = FileRecord(*now, hashes={}, date=today)
@@ -347,7 +291,8 @@ def _hashed(path: Path, folder: Path, algorithms: tuple[str, ...], origin: str =
     return record
 
 
-def _read_record(folder: Path, name: str) -> FileRecord | None:
+def read_record(folder: Path, name: str) -> FileRecord | None:
+    """What is known of file `name` in `folder`, if anything."""
     try:
         return FileRecord(**json.loads((folder / STATE / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -370,5 +315,6 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user, on stderr."""
     print(f"perturbed: {text}", file=sys.stderr)
