@@ -19,6 +19,8 @@ include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/studies.smk"
 include: "workflow/rules/study_figures.smk"
 include: "workflow/rules/gradients.smk"
+include: "workflow/rules/census.smk"
+include: "workflow/rules/axes.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -17,7 +17,11 @@ import typer
 import typer.core
 import yaml
 
+from perturbed.cli_axis import axis_app, score_genes
+from perturbed.cli_census import census_app
 from perturbed.cli_gradients import flow_app, gradients
+from perturbed.cli_judge import judge
+from perturbed.cli_mirror import mirror
 from perturbed.cli_options import (
     CardOption,
     Dataset,
@@ -30,8 +34,10 @@ from perturbed.cli_options import (
     read_option,
     read_side_files,
 )
+from perturbed.cli_pathways import enrich, gene_sets
 from perturbed.cli_studies import study_app
 from perturbed.errors import ConfigError, PerturbedError
+from perturbed.interrupts import Stopped, heed_signals
 
 
 class OneLineErrors(typer.core.TyperGroup):
@@ -46,8 +52,9 @@ class OneLineErrors(typer.core.TyperGroup):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             line, code = f"{where}{os.strerror(error.errno) if error.errno else error}", 1
-        except KeyboardInterrupt:
-            line, code = "interrupted; nothing half-written is left, run the same command again", 130
+        except KeyboardInterrupt as stop:
+            asked = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+            line, code = f"{asked}; nothing half-written is left, run the same command again", asked.code
         typer.echo(f"perturbed: {line}", err=True)
         raise typer.Exit(code)
 
@@ -64,7 +71,14 @@ app = typer.Typer(
 
 app.add_typer(study_app, name="study")
 app.add_typer(flow_app, name="flow")
+app.add_typer(census_app, name="census")
 app.command()(gradients)
+app.add_typer(axis_app, name="axis")
+app.command("score-genes")(score_genes)
+app.command("gene-sets")(gene_sets)
+app.command()(enrich)
+app.command()(judge)
+app.command()(mirror)
 
 
 def _split_spec(text: str) -> Any:
@@ -108,20 +122,6 @@ def fetch(
     with recorded("fetch", out, {}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
         folder = Path(mirror) if mirror else None
         run(parsed, dataset, out, data_dir=data_dir, mirror=folder, allow_unpinned=allow_unpinned)
-
-
-@app.command()
-def mirror(
-    out: Annotated[Path, typer.Option("--dir", help="Folder to fill.")],
-    config: Annotated[Path, typer.Option(help="The run whose files are wanted.")] = Path("config/config.yaml"),
-    allow_unpinned: Annotated[bool, typer.Option(help="Accept files whose hash nobody has pinned.")] = False,
-) -> None:
-    """Collect every file that a config needs in one folder, for a machine without internet (`mirror:` there)."""
-    from perturbed.config import read_yaml
-    from perturbed.data.fetch import mirror_files
-    from perturbed.plan import Plan
-
-    mirror_files(Plan(read_yaml(config)).cards, out, allow_unpinned=allow_unpinned)
 
 
 @app.command()
@@ -236,7 +236,7 @@ def fit(
     inputs = {"prepared": prepared, "split": split, "features": features, "leakage": leakage, **files}
     spec = read_option(method, "--method")
     with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:
-        record["device"] = fit_model(
+        record["device"], record["device_reason"] = fit_model(
             spec, prepared, split, features, out,
             name=name, leakage=leakage, seed=seed, device=device, threads=threads,
             history=history, checkpoint=checkpoint, files=files,
@@ -385,16 +385,12 @@ def longest(
             table.to_csv(part, index=False, lineterminator="\n")
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("anndata").setLevel(logging.WARNING)  # it announces every column it stores as categorical
     logging.captureWarnings(True)
-    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's polite end must clean up as Ctrl-C does
+    heed_signals()  # a scheduler's polite end must clean up as Ctrl-C does
     app()
 
 

@@ -252,7 +252,7 @@ def _is_tag(part: str | int) -> bool:
 
 
 _KINDS = {"heldout_cells", "unseen_single", "unseen_combo", "context", "from_column", "from_file", "random_cells"}
-_KINDS |= {"url", "path", "simulation", "census"}
+_KINDS |= {"url", "path", "simulation", "query", "minified", "h5ad", "published", "fit"}
 _KINDS |= {"comparison", "conditions", "sweep", "denoising", "probe", "programs", "identifiability", "latent_map"}
 
 

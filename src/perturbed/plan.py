@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from perturbed.axis_plan import AxisPlan
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.gradient_plan import GradientPlan
@@ -66,6 +68,7 @@ class Plan:
         self.cards: dict[str, Card] = {name: load_card(name, self.config.cards) for name in self.config.dataset}
         self.studies = StudyPlan(self)
         self.gradients = GradientPlan(self)
+        self.axes = AxisPlan(self)
         self._scored = tuple(dict.fromkeys([*self.config.methods, *self.studies.methods]))
         wanted = dict.fromkeys([*self._scored, *self.gradients.methods])
         self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in wanted}
@@ -73,6 +76,7 @@ class Plan:
         self._check_names()
         self.studies.check()
         self.gradients.check()
+        self.axes.check()
 
     def _method(self, name: str) -> MethodSpec:
         variant = self.config.variants.get(name)
@@ -87,8 +91,8 @@ class Plan:
         """Names become wildcards and folders, so they must be plain."""
         config = self.config
         named: dict[str, Iterable[str]] = {"dataset": config.dataset, "methods": config.methods}
-        named["splits"] = config.splits
-        named |= {"studies": config.studies, "variants": config.variants, "gradients": config.gradients}
+        named |= {"splits": config.splits, "studies": config.studies, "variants": config.variants}
+        named |= {"gradients": config.gradients, "axes": config.axes}
         for key, names in named.items():
             for name in names:
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -129,8 +133,10 @@ class Plan:
         for key, name in [*metrics, ("statistics.primary_metric", config.statistics.primary_metric)]:
             if name not in METRICS:
                 raise ConfigError(f"config: {key}: no metric {name!r}; {suggest(name, METRICS)}")
-        if not config.splits:
+        if config.dataset and not config.splits:
             raise ConfigError("config: splits: at least one split is needed")
+        if not (config.dataset or config.axes):
+            raise ConfigError("config: dataset: name a dataset, or give `axes`")
 
     # --- the grid -------------------------------------------------------------------------------------------------
 
@@ -265,7 +271,8 @@ class Plan:
         pairs = dict.fromkeys((job.dataset, job.split) for job in self._benchmark)
         names = [(d, s, figure) for d, s in pairs for figure in self.split_figures(d, s)]
         of_splits = [self.result(f"figures/{d}/{s}/{figure}.svg") for d, s, figure in names]
-        return [*run, *of_splits, *self.studies.figures(self.config.studies), *self.gradients.figures()]
+        of_arms = [*self.gradients.figures(), *self.axes.figures()]
+        return [*run, *of_splits, *self.studies.figures(self.config.studies), *of_arms]
 
     def table_folder(self) -> list[str]:
         """The tables of the benchmark, which a run of gradient cases alone does not have."""
@@ -344,7 +351,7 @@ class Plan:
 
     def side_file_options(self, wildcards: Any) -> str:
         """The same as options of `perturbed fit`."""
-        return " ".join(f"--file {role}={path}" for role, path in self.side_files(wildcards).items())
+        return " ".join(f"--file {role}={quote(path)}" for role, path in self.side_files(wildcards).items())
 
     # --- inputs that depend on the wildcards ----------------------------------------------------------------------
 

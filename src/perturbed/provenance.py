@@ -17,7 +17,21 @@ from typing import Any
 
 from perturbed.files import hash_file, write_json
 
-PACKAGES = ("perturbed", "anndata", "numpy", "pandas", "scanpy", "scikit-learn", "scipy", "snakemake", "torch")
+PACKAGES = (
+    "perturbed",
+    "anndata",
+    "cellxgene-census",
+    "gseapy",
+    "numpy",
+    "pandas",
+    "scanpy",
+    "scikit-learn",
+    "scipy",
+    "scvi-tools",
+    "snakemake",
+    "tiledbsoma",
+    "torch",
+)
 
 
 def record_path(output: str | Path) -> Path:

@@ -10,14 +10,19 @@ from typing import Any
 from pydantic import BaseModel
 
 from perturbed.data.cards import Card
+from perturbed.data.census.spec import CensusCard, ModelCard
 from perturbed.files import write_text
 from perturbed.models.spec import MethodSpec
+from perturbed.pathways.spec import GeneSetCard
 from perturbed.run_config import RunConfig
 
 _PAGES: dict[str, type[BaseModel]] = {
     "The run (`config/*.yaml`)": RunConfig,
     "A dataset card (`config/datasets/NAME.yaml`)": Card,
     "A method file (`config/methods/NAME.yaml`)": MethodSpec,
+    "Cells of the Census (`config/census/NAME.yaml`)": CensusCard,
+    "A model of Census cells (`config/models/NAME.yaml`)": ModelCard,
+    "A library of gene sets (`config/gene_sets/NAME.yaml`)": GeneSetCard,
 }
 
 

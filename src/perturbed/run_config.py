@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from perturbed.axis.spec import AxisCase
 from perturbed.config import (
     EvaluationSpec,
     FeatureSpec,
@@ -20,6 +22,18 @@ from perturbed.config import (
 )
 from perturbed.gradients.spec import GradientCase
 from perturbed.study_config import Study
+
+NamesOrNone = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+
+
+def _check_folder(path: str) -> str:
+    if path.startswith("-") or not re.fullmatch(r"[\w./@%+=:,-]+", path):
+        raise ValueError(f"{path!r} holds what a shell acts on; use letters, digits, `.`, `/`, `_` and `-`")
+    return path
+
+
+Folder = Annotated[str, AfterValidator(_check_folder)]
+"""A path that stands in commands as it is."""
 
 
 class Variant(Section):
@@ -36,9 +50,10 @@ class Variant(Section):
 class RunConfig(Section):
     """A whole run. `dataset`, `methods`, `splits` and `seeds` span the grid."""
 
-    dataset: Names = ("simulation", "simulation_epistasis")
-    """One or more cards of `config/datasets` by name. Swap it in one word: `snakemake --config dataset=NAME`."""
-    methods: Names = ("no_change", "mean_effect", "additive", "matching_mean", "pca_ridge", "perturbedvae")
+    dataset: NamesOrNone = ("simulation", "simulation_epistasis")
+    """One or more cards of `config/datasets` by name. Swap it in one word: `snakemake --config dataset=NAME`.
+    `[]` for a run of `axes` alone, with `methods: []` and `splits: {}`."""
+    methods: NamesOrNone = ("no_change", "mean_effect", "additive", "matching_mean", "pca_ridge", "perturbedvae")
     """Files of `config/methods` by name."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0, 1, 2)
     """Training seeds; methods without randomness run once."""
@@ -61,13 +76,16 @@ class RunConfig(Section):
     gradients: dict[str, GradientCase] = Field(default_factory=dict)
     """Gradient cases by name: each fits the decoder it asks, follows its gradients and judges them. Cases of
     datasets that the run does not have are left out."""
+    axes: dict[str, AxisCase] = Field(default_factory=dict)
+    """Axis cases by name: gene scores of a Census decoder between two arms of cells, their pathways and a judge. They
+    need no dataset of the benchmark."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the torch models train; `auto` takes a GPU where there is one."""
     threads: int = Field(1, ge=1)
     """Threads of one training job."""
-    results: str = "results"
+    results: Folder = "results"
     """Folder of everything that is computed. Give each config its own."""
-    data: str = "data"
+    data: Folder = "data"
     """Folder of downloads; share it between configs."""
     mirror: str | None = None
     """A folder with files downloaded before, looked up by name and hash; for clusters without internet."""
@@ -77,6 +95,12 @@ class RunConfig(Section):
     """Folders searched for dataset cards, in order; add your own."""
     method_files: Names = ("config/methods",)
     """Folders searched for method files, in order; add your own."""
+    census_cards: Names = ("config/census",)
+    """Folders searched for cards of Census cells, in order; add your own."""
+    model_cards: Names = ("config/models",)
+    """Folders searched for cards of models of Census cells, in order; add your own."""
+    gene_set_cards: Names = ("config/gene_sets",)
+    """Folders searched for cards of gene sets, in order; add your own."""
 
 
 def load_config(value: Mapping[str, Any], where: str = "config") -> RunConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from perturbed.config import read_yaml
@@ -243,7 +244,7 @@ class StudyPlan:
 
         def spell(wildcards: Any, input: Any) -> str:
             paths = input.get(key, [])
-            return " ".join(f"{flag} {path}" for path in ([paths] if isinstance(paths, str) else paths))
+            return " ".join(f"{flag} {quote(path)}" for path in ([paths] if isinstance(paths, str) else paths))
 
         return spell
 

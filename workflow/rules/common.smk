@@ -4,6 +4,7 @@ from os import environ
 from os.path import relpath
 from pathlib import Path
 
+from perturbed.axis_plan import AXIS_FIGURES
 from perturbed.gradient_plan import CASE_FIGURES
 from perturbed.jobs import print_longest
 from perturbed.plan import RUN_FIGURES, SPLIT_FIGURES, read_plan
@@ -17,6 +18,7 @@ plan = read_plan(config)
 # Where a file comes from changes no result, so it is no parameter: changing it must not fetch anything anew.
 environ["PERTURBED_DATA"] = plan.config.data
 environ["PERTURBED_MIRROR"] = plan.config.mirror or ""
+environ.setdefault("PERTURBED_ROOT", str(workflow.basedir))
 environ["PERTURBED_ALLOW_UNPINNED"] = str(int(plan.config.allow_unpinned))
 
 if workflow.is_main_process:
@@ -25,12 +27,17 @@ if workflow.is_main_process:
 
 
 wildcard_constraints:
-    dataset="|".join(plan.cards),
-    split="|".join(plan.config.splits),
+    dataset="|".join(plan.cards) or "(?!)",
+    split="|".join(plan.config.splits) or "(?!)",
     fold=r"\d+",
     method="|".join(plan.methods),
     seed=r"\d+",
     study="|".join(plan.config.studies) or "(?!)",
     case="|".join(plan.gradients.cases) or "(?!)",
     part="|".join(plan.gradients.parts) or "(?!)",
+    axis="|".join(plan.axes.cases) or "(?!)",
+    census="|".join(plan.axes.cells) or "(?!)",
+    decoder="|".join(plan.axes.models) or "(?!)",
+    library="|".join(plan.axes.libraries) or "(?!)",
+    flow="|".join(plan.axes.flows) or "(?!)",
     environment="|".join(plan.environments) or "(?!)",

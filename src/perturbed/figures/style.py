@@ -22,6 +22,8 @@ GREY = "#6e6e6e"
 PALE = "#d9d9d9"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette; yellow is left out, because it vanishes on white."""
+MUTED = ("#332288", "#AA4499", "#999933", "#661100", "#88CCEE", "#CC6677", "#44AA99")
+"""Tol's muted palette, for methods after the first 21: lines have no markers to tell them by."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 RC: Any = {
@@ -46,9 +48,9 @@ RC: Any = {
 
 # The same method has the same look in every figure of every run: named ones by this list, others after them.
 _KNOWN = (
-    "perturbedvae", "additive", "shrunk_saturating", "mean_effect", "pca_ridge", "matching_mean", "no_change",
+    "perturbedvae", "additive", "shrunk_saturating", "shrunk_interaction", "pca_ridge", "matching_mean", "no_change",
     "gears", "knn", "elastic_net", "random_forest", "pca_additive", "scvi_additive", "discrepancy_vae", "sena",
-    "svae_plus", "sams_vae", "embedding", "external", "shrunk_interaction",
+    "svae_plus", "sams_vae", "embedding", "external", "mean_effect",
 )  # fmt: skip
 
 REFERENCE_TITLES = {
@@ -109,7 +111,8 @@ def look_of(method: str, methods: Iterable[str] = ()) -> Look:
     """Colour and marker of a method; names nobody has listed come after the known ones, in alphabetical order."""
     order = [*_KNOWN, *sorted({method, *methods} - set(_KNOWN))]
     cycle, place = divmod(order.index(method), len(OKABE_ITO))
-    return Look(_shade(OKABE_ITO[place], cycle), MARKERS[cycle % len(MARKERS)])
+    palette = (OKABE_ITO, MUTED)[cycle // 3 % 2]
+    return Look(_shade(palette[place], cycle), MARKERS[cycle % len(MARKERS)])
 
 
 def _shade(colour: str, cycle: int) -> str:
@@ -117,7 +120,7 @@ def _shade(colour: str, cycle: int) -> str:
     if cycle % 3 == 0:
         return colour
     if colour == "#000000":
-        return ("#8C510A", "#A6A6A6")[cycle % 3 - 1]
+        return ("#8C510A", "#882255")[cycle % 3 - 1]  # no grey: that is what references have
     share, towards = ((0.45, 0), (0.5, 255))[cycle % 3 - 1]
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round((1 - share) * part + share * towards):02X}" for part in parts)
@@ -141,7 +144,7 @@ def arrange_panels(n: int, most: int) -> tuple[int, int]:
 
 def arrow(direction: int) -> str:
     """The arrow beside a metric's name."""
-    return {1: "↑ better", -1: "↓ better"}.get(direction, "best at 1")
+    return {1: "↑\u00a0better", -1: "↓\u00a0better"}.get(direction, "best\u00a0at\u00a01")  # never broken over lines
 
 
 def hint(direction: int) -> str:
@@ -170,6 +173,40 @@ def write_undefined(axes: Axes, y: float) -> None:
     write_in_row(axes, y, "undefined")
 
 
+def write_at_edges(
+    axes: Axes, far: Iterable[tuple[float, float, str, str]], span: float, *, upright: bool = False
+) -> None:
+    """Write values that lie far outside of a panel at its edge, with an arrow, and make room for them.
+
+    Parameters
+    ----------
+    axes
+        The panel, with everything else drawn.
+    far
+        Place on the other axis, value, symbol before the value, and colour.
+    span
+        What the values of the panel span.
+    upright
+        Values go up instead of across.
+    """
+    low, high = axes.get_ylim() if upright else axes.get_xlim()
+    sides: set[int] = set()
+    for place, value, symbol, colour in far:
+        side = int(value > high)
+        sides.add(side)
+        said = f"{symbol} {value:.3g}".strip()
+        look: dict[str, Any] = {"fontsize": 7.5, "color": colour}
+        if upright:
+            look |= {"xycoords": ("data", "axes fraction"), "ha": "center", "va": ("bottom", "top")[side]}
+            axes.annotate(f"{said} {'↓↑'[side]}", (place, 0.02 + 0.96 * side), **look)
+        else:
+            look |= {"xycoords": ("axes fraction", "data"), "ha": ("left", "right")[side], "va": "center"}
+            axes.annotate((f"← {said}", f"{said} →")[side], (0.01 + 0.98 * side, place), **look)
+    room = span * (0.12 if upright else 0.45)  # a value's own height, or its width in a narrow panel
+    limits = (low - room * (0 in sides), high + room * (1 in sides))
+    (axes.set_ylim if upright else axes.set_xlim)(limits)
+
+
 def draw_note(text: str) -> tuple[Figure, pd.DataFrame]:
     """A figure that says why there is nothing to draw."""
     figure = new_figure(WIDTH * 0.7, 1.2)
@@ -181,6 +218,7 @@ def draw_note(text: str) -> tuple[Figure, pd.DataFrame]:
 
 def save(figure: Figure, source: pd.DataFrame, stem: Path) -> None:
     """Write `stem.svg`, `stem.png` and the drawn numbers as `stem.csv`; equal inputs give equal bytes."""
+    _take_names_literally(figure)
     figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
     figure.set_layout_engine("none")  # both pictures get the same layout, solved once
     with atomic(stem.with_name(f"{stem.name}.svg")) as part:
@@ -189,3 +227,19 @@ def save(figure: Figure, source: pd.DataFrame, stem: Path) -> None:
         figure.savefig(part, format="png", metadata={"Software": None})
     with atomic(stem.with_name(f"{stem.name}.csv")) as part:
         source.to_csv(part, index=False, lineterminator="\n", float_format="%.6g")
+
+
+def _take_names_literally(figure: Figure) -> None:
+    """Show text as it stands: between two dollar signs of a name matplotlib would read a formula, and may fail to.
+
+    The powers of ten at logarithmic axes are formulas, and stay so.
+    """
+    from matplotlib.text import Text
+
+    powers: set[int] = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels(), axis.get_offset_text()]
+        powers |= {id(label) for label in labels if axis.get_scale() != "linear"}
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in powers:
+            text.set_parse_math(False)

@@ -1,0 +1,1 @@
+"""Genes along the axis from unperturbed to perturbed cells of a scVI decoder: scores, rivals, intervals, validity."""

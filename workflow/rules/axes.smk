@@ -1,0 +1,162 @@
+# Axis cases: gene scores along an axis of the latent space, their pathways, a judge, figures. See perturbed.axis_plan.
+
+
+rule score_genes:
+    input:
+        unpack(plan.axes.score_input),
+    output:
+        tables=directory(plan.axes.file("tables")),
+    log:
+        plan.axes.file("logs/score_genes.log"),
+    benchmark:
+        plan.axes.file("benchmarks/score_genes.tsv")
+    conda:
+        "../../envs/core.yaml"
+    threads: plan.config.threads
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    params:
+        spec=plan.axes.slice("enrichment", "judge", "gene_sets"),
+        options=plan.axes.score_options,
+    message:
+        "Score genes along the axis of {wildcards.axis}"
+    shell:
+        "perturbed score-genes --cells {input.cells} --model {input.model:q} --spec {params.spec:q} {params.options}"
+        " --out {output.tables} 2>&1 | tee {log}"
+
+
+rule enrich:
+    input:
+        tables=plan.axes.file("tables"),
+        libraries=plan.axes.library_input,
+        truth=plan.axes.planted_input,
+    output:
+        enrichment=directory(plan.axes.file("enrichment")),
+    log:
+        plan.axes.file("logs/enrich.log"),
+    benchmark:
+        plan.axes.file("benchmarks/enrich.tsv")
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        spec=plan.axes.section("enrichment"),
+        libraries=plan.axes.library_options,
+        top=plan.axes.top,
+        planted=plan.axes.planted_option,
+    message:
+        "Pathways of {wildcards.axis}"
+    shell:
+        "perturbed enrich --scores {input.tables} {params.libraries} --spec {params.spec:q} --top {params.top}"
+        " {params.planted} --out {output.enrichment} 2>&1 | tee {log}"
+
+
+rule judge:
+    input:
+        enrichment=plan.axes.file("enrichment"),
+        libraries=plan.axes.library_input,
+    output:
+        judgement=directory(plan.axes.file("judgement")),
+    log:
+        plan.axes.file("logs/judge.log"),
+    benchmark:
+        plan.axes.file("benchmarks/judge.tsv")
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=240,
+    params:
+        spec=plan.axes.section("judge"),
+        libraries=plan.axes.library_options,
+        # answers cost money: they outlive a failed or repeated job
+        cache=plan.axes.file("answers.jsonl"),
+    message:
+        "Judge the pathways of {wildcards.axis}"
+    shell:
+        "perturbed judge --enrichment {input.enrichment} {params.libraries} --spec {params.spec:q}"
+        " --cache {params.cache} --out {output.judgement} 2>&1 | tee {log}"
+
+
+# One rule per kind, because a caption's path cannot hold wildcards.
+for _kind in (*AXIS_FIGURES, "flow"):
+
+    rule:
+        name:
+            f"draw_axis_{_kind}"
+        input:
+            unpack(plan.axes.drawn_from(_kind)),
+        output:
+            svg=report(
+                plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "svg"),
+                caption=f"../report/axis_{_kind}.rst",
+                category="Disease axis",
+                subcategory=_kind,
+                labels=plan.axes.labels,
+            ),
+            png=plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "png"),
+            source=plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "csv"),
+        log:
+            plan.axes.file("logs/draw_flow_{flow}.log" if _kind == "flow" else f"logs/draw_{_kind}.log"),
+        benchmark:
+            plan.axes.file("benchmarks/draw_flow_{flow}.tsv" if _kind == "flow" else f"benchmarks/draw_{_kind}.tsv")
+        conda:
+            "../../envs/core.yaml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            kind=_kind,
+            verb=_kind if _kind in ("pathways", "judge") else f"draw {_kind}",
+            options=plan.axes.draw_options(_kind),
+            stem=plan.stem,
+            title=plan.axes.title,
+            answers=plan.axes.spell_answers,
+        message:
+            "Draw {params.kind} of {wildcards.axis}"
+        shell:
+            "perturbed axis {params.verb} {params.options} --title {params.title:q} --out {params.stem}"
+            " 2>&1 | tee {log}"
+
+
+for _item, _figures in plan.axes.answers.items():
+
+    rule:
+        name:
+            _item
+        input:
+            _figures,
+        localrule: True
+        message:
+            f"{_item} is drawn"
+
+
+# A target of the paper that this configuration does not answer says which one does.
+for _item in plan.axes.unanswered():
+
+    rule:
+        name:
+            _item
+        log:
+            plan.result(f"logs/{_item}.log"),
+        localrule: True
+        conda:
+            "../../envs/core.yaml"
+        params:
+            reason=plan.axes.why_unanswered(_item, CONFIGS),
+        shell:
+            "echo perturbed: {params.reason:q} | tee {log} >&2; exit 1"
+
+
+rule t2d:
+    input:
+        plan.axes.targets(),
+    localrule: True
+    message:
+        "Every axis case of this configuration"
