@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
-Placement = Literal["sparse", "dense_half", "streamed"]
+Placement = Literal["sparse", "dense_half", "streamed", "on_disk"]
 
 MEMORY_SHARE = 0.5
 """Share of the GPU's free memory that the cells may take; the rest is for the model, its gradients and a batch."""
@@ -19,12 +18,13 @@ CHUNK = 4096
 """Cells made dense at a time while they are carried over."""
 
 
-def choose_placement(matrix: sparse.csr_matrix, device: str, free_bytes: int | None = None) -> Placement:
+def choose_placement(matrix: Any, device: str, free_bytes: int | None = None) -> Placement:
     """Where a matrix of cells is kept while a model trains on `device`.
 
     `sparse` on the CPU. On a GPU `dense_half` where `2 n_cells n_genes` bytes are at most `MEMORY_SHARE` of the free
     memory, else `streamed`: the non-zeros of each batch travel. Both round to half precision (relative error at most
-    2⁻¹¹), so that the memory that happens to be free changes no result.
+    2⁻¹¹), so that the memory that happens to be free changes no result. `on_disk` for a
+    `perturbed.data.streaming.StreamedMatrix`, whose batches are read, made dense and carried over in float32.
 
     Parameters
     ----------
@@ -35,6 +35,8 @@ def choose_placement(matrix: sparse.csr_matrix, device: str, free_bytes: int | N
     free_bytes
         Free memory of the GPU; asked of it where not given.
     """
+    if hasattr(matrix, "load"):
+        return "on_disk"
     where = torch.device(device)
     if where.type == "cpu":
         return "sparse"
@@ -60,11 +62,15 @@ class ResidentCells:
         If half precision cannot hold the values.
     """
 
-    def __init__(self, matrix: sparse.csr_matrix, device: str = "cpu", placement: Placement | None = None) -> None:
+    def __init__(self, matrix: Any, device: str = "cpu", placement: Placement | None = None) -> None:
         self.matrix, self.device = matrix, device
         self.placement: Placement = placement or choose_placement(matrix, device)
         self._dense: Tensor | None = None
-        if self.placement != "sparse" and matrix.nnz and float(np.abs(matrix.data).max()) > LARGEST_HALF:
+        if (
+            self.placement in ("dense_half", "streamed")
+            and matrix.nnz
+            and float(np.abs(matrix.data).max()) > LARGEST_HALF
+        ):
             raise ValueError(
                 f"expression above {LARGEST_HALF:,.0f} does not fit half precision; log-normalise it first"
             )
@@ -80,7 +86,7 @@ class ResidentCells:
         if self._dense is not None:
             return self._dense[torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self.device)].float()
         chosen = self.matrix[rows]
-        if self.placement == "sparse":
+        if self.placement in ("sparse", "on_disk"):
             return torch.from_numpy(np.asarray(chosen.toarray(), dtype=np.float32)).to(self.device)
         n_rows, n_genes = chosen.shape
         cell = np.repeat(np.arange(n_rows, dtype=np.int64), np.diff(chosen.indptr))

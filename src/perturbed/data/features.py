@@ -10,7 +10,8 @@ from scipy import sparse
 
 from perturbed.config import FeatureSpec
 from perturbed.data.contracts import Features, Split
-from perturbed.data.matrices import column_moments, read_rows, row_blocks
+from perturbed.data.matrices import column_counts, column_moments, read_rows, row_blocks
+from perturbed.data.streaming import StreamedMatrix, row_lengths
 from perturbed.errors import DataError
 from perturbed.names import genes_of
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 _EXACT = 2000
 """Up to this many cells or genes, the PCA is an exact eigendecomposition of the smaller side."""
+_LARGE = 250_000_000
+"""Beyond so many stored values (2 GB) the training cells stay on disk; where the chosen genes alone hold more, the PCA
+is of `_PCA_CELLS` of them. A number, not the memory at hand, so that every machine makes the same features."""
+_PCA_CELLS = 50_000
 _N_BINS = 20
 
 
@@ -27,7 +32,8 @@ def compute_features(prepared: AnnData, split: Split, spec: FeatureSpec) -> Feat
 
     Genes: the `n_hvg` most variable ones, those of `keep_genes` and, with `keep_perturbed`, those perturbed in
     training, in the order of the prepared file. Mean and standard deviation (population) are plain ones over training
-    cells. The PCA is of the centred, unscaled values; `n_pcs` is capped at the rank.
+    cells. The PCA is of the centred, unscaled values; `n_pcs` is capped at the rank. Where the chosen genes
+    of the training cells hold more than 250 million values, the PCA is of 50,000 of these cells, drawn by `spec.seed`.
 
     Parameters
     ----------
@@ -41,7 +47,7 @@ def compute_features(prepared: AnnData, split: Split, spec: FeatureSpec) -> Feat
     Returns
     -------
     Features
-        With `split_sha256`, `upstream`, `spec` and `n_cells` in the header.
+        With `split_sha256`, `upstream`, `spec` and `n_cells` in the header; and `pca_cells` where those are fewer.
 
     Raises
     ------
@@ -49,13 +55,14 @@ def compute_features(prepared: AnnData, split: Split, spec: FeatureSpec) -> Feat
         If cells of the split are not in the data, or training cells do not vary.
     """
     rows = training_rows(prepared, split)
-    train = read_rows(prepared.X, rows)
+    train = _training_cells(prepared.X, rows)
     seen = {gene for name in set(split.table.loc[split.cells("train"), "perturbation"]) for gene in genes_of(name)}
     chosen = choose_genes(train, prepared.var, spec, seen)
-    values = train[:, chosen] if len(chosen) < train.shape[1] else train
+    values = _take_columns(train, chosen)
+    sampled = _draw_pca_cells(values, spec.seed)
     del train
     mean, variance = column_moments(values)
-    loadings = fit_pca(values, mean, spec.n_pcs, spec.seed)
+    loadings = fit_pca(values if sampled is None else values[sampled], mean, spec.n_pcs, spec.seed)
     table = pd.DataFrame({"mean": mean, "sd": np.sqrt(variance)}, index=prepared.var_names[chosen].rename("gene"))
     names = [f"pc{i + 1}" for i in range(loadings.shape[1])]
     table = pd.concat([table, pd.DataFrame(loadings, index=table.index, columns=names)], axis=1)
@@ -65,7 +72,33 @@ def compute_features(prepared: AnnData, split: Split, spec: FeatureSpec) -> Feat
         "spec": spec.model_dump(mode="json"),
         "n_cells": len(rows),
     }
-    return Features(table, header)
+    return Features(table, header if sampled is None else {**header, "pca_cells": len(sampled)})
+
+
+def _training_cells(matrix: Any, rows: np.ndarray) -> Any:
+    """The training cells as CSR, or left on disk where they are many."""
+    on_disk = hasattr(matrix, "group") and getattr(matrix, "format", "csr") == "csr"
+    if on_disk and row_lengths(matrix, rows).sum() > _LARGE:
+        return StreamedMatrix(matrix, rows)
+    return read_rows(matrix, rows)
+
+
+def _take_columns(train: Any, chosen: np.ndarray) -> Any:
+    """The chosen genes; in memory where they fit, though all genes did not."""
+    if isinstance(train, StreamedMatrix):
+        values = train.with_columns(chosen)
+        n_stored = train.nnz if values.columns is None else column_counts(train)[chosen].sum()
+        return values if n_stored > _LARGE else values[np.arange(train.shape[0])]
+    return train[:, chosen] if len(chosen) < train.shape[1] else train
+
+
+def _draw_pca_cells(values: Any, seed: int) -> np.ndarray | None:
+    """Rows of the training cells that the PCA is of, ascending; None for all."""
+    n_cells, is_large = values.shape[0], isinstance(values, StreamedMatrix) or values.nnz > _LARGE
+    if not is_large or n_cells <= _PCA_CELLS:
+        return None
+    rng = np.random.default_rng([seed & 0xFFFFFFFF, 1])
+    return np.sort(rng.choice(n_cells, _PCA_CELLS, replace=False))
 
 
 def training_rows(prepared: AnnData, split: Split) -> np.ndarray:
@@ -86,7 +119,7 @@ def training_rows(prepared: AnnData, split: Split) -> np.ndarray:
     return np.sort(rows)
 
 
-def choose_genes(train: sparse.csr_matrix, var: pd.DataFrame, spec: FeatureSpec, perturbed: set[str]) -> np.ndarray:
+def choose_genes(train: Any, var: pd.DataFrame, spec: FeatureSpec, perturbed: set[str]) -> np.ndarray:
     """Positions of the genes kept, ascending.
 
     Parameters
@@ -113,7 +146,7 @@ def choose_genes(train: sparse.csr_matrix, var: pd.DataFrame, spec: FeatureSpec,
     return np.flatnonzero(kept)
 
 
-def normalised_dispersion(log_values: sparse.csr_matrix) -> np.ndarray:
+def normalised_dispersion(log_values: Any) -> np.ndarray:
     r"""Normalised dispersion of each gene (n_genes,), NaN for genes without counts.
 
     With mean :math:`m` and variance :math:`v` (n - 1) of :math:`e^x - 1`, the dispersion is :math:`\log(v / m)`; genes

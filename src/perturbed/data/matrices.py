@@ -78,16 +78,16 @@ def row_sums(matrix: sparse.csr_matrix, columns: np.ndarray | None = None) -> np
     return sums
 
 
-def column_counts(matrix: sparse.csr_matrix) -> np.ndarray:
-    """Stored values of each column (n_columns,)."""
+def column_counts(matrix: Any) -> np.ndarray:
+    """Stored values of each column (n_columns,); of a matrix on disk, too."""
     counts = np.zeros(matrix.shape[1], dtype=np.int64)
-    for rows in row_blocks(matrix):
-        counts += np.bincount(matrix.indices[_span(matrix, rows)], minlength=matrix.shape[1])
+    for _, indices in _stored_values(matrix):
+        counts += np.bincount(indices, minlength=matrix.shape[1])
     return counts
 
 
-def column_moments(matrix: sparse.csr_matrix, *, expm1: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population variance of each column in float64, of `exp(x) - 1` where `expm1`.
+def column_moments(matrix: Any, *, expm1: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population variance of each column in float64, of `exp(x) - 1` where `expm1`; of a matrix on disk, too.
 
     The variance is summed from squared differences to the mean, in a second pass, so that it does not cancel.
     """
@@ -103,11 +103,21 @@ def column_moments(matrix: sparse.csr_matrix, *, expm1: bool = False) -> tuple[n
     return mean, squares / n_rows
 
 
-def _column_values(matrix: sparse.csr_matrix, expm1: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _column_values(matrix: Any, expm1: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for data, indices in _stored_values(matrix):
+        values = data.astype(np.float64)
+        yield (np.expm1(values) if expm1 else values), indices
+
+
+def _stored_values(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Values and columns by blocks of rows, from memory or from disk (`perturbed.data.streaming.StreamedMatrix`)."""
+    if hasattr(matrix, "blocks"):
+        for _, block in matrix.blocks():
+            yield block.data, block.indices
+        return
     for rows in row_blocks(matrix):
         span = _span(matrix, rows)
-        values = matrix.data[span].astype(np.float64)
-        yield (np.expm1(values) if expm1 else values), matrix.indices[span]
+        yield matrix.data[span], matrix.indices[span]
 
 
 def normalise_log1p(counts: sparse.csr_matrix, totals: np.ndarray, target_sum: float) -> sparse.csr_matrix:
@@ -181,7 +191,8 @@ def read_rows(matrix: Any, rows: np.ndarray) -> sparse.csr_matrix:
         if source.stop > source.start:
             group["data"].read_direct(data, source, place)
             group["indices"].read_direct(indices, source, place)
-    return sparse.csr_matrix((data, indices, target.astype(indices.dtype)), shape=(len(rows), matrix.shape[1]))
+    kind = indices.dtype if target[-1] <= np.iinfo(np.int32).max else np.int64
+    return sparse.csr_matrix((data, indices, target.astype(kind)), shape=(len(rows), matrix.shape[1]))
 
 
 def _runs(rows: np.ndarray) -> Sequence[tuple[int, int]]:

@@ -123,6 +123,10 @@ class Method(ABC):
     """True where another seed gives another fit."""
     uses_torch: ClassVar[bool] = False
     """True where torch is imported only while fitting; torch that comes with the class's module is noticed anyway."""
+    streams: ClassVar[bool] = False
+    """True where the method can leave `X` and `counts` on disk (`perturbed.data.streaming.StreamedMatrix`)."""
+    parallel: ClassVar[bool] = False
+    """True where the method trains in several processes (`perturbed.distributed`); may be overridden per instance."""
 
     def __init__(self, params: Section | None = None) -> None:
         self.params = params if params is not None else self.Params()

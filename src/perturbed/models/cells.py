@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
+from perturbed.data.streaming import StreamedMatrix, batch_by_windows
 from perturbed.errors import MethodError
 from perturbed.models.base import TrainingData
 from perturbed.models.nn.likelihoods import Counts, gather_counts
 from perturbed.models.partners import Partners, background_coordinates, nearest_controls
 from perturbed.names import CONTROL, genes_of
 from perturbed.resident import ResidentCells
+
+if TYPE_CHECKING:
+    from perturbed.training import Batches
 
 
 class Batch(NamedTuple):
@@ -29,6 +34,10 @@ class Batch(NamedTuple):
     """Row of `conditions` of each cell (n_cells,)."""
     counts: Counts | None = None
     """Counts of the cells, for a count likelihood."""
+    perturbed_share: float = 1.0
+    """What the perturbed cells of the whole batch are to each of these cells' own: their part of the whole batch over
+    their part of these cells; 1 where these are the whole batch. Keeps averages over perturbed cells those of the
+    batch when it is shared among processes."""
 
 
 def batch_by_blocks(
@@ -107,6 +116,9 @@ class PairedCells:
         self._pool_start = np.concatenate([[0], np.cumsum(self._pool_size)[:-1]])
         self._nearest = None if partners == "random" else self._match(partners, pools)
         self.resident = ResidentCells(data.X, device)
+        for matrix in (data.X, self.counts):
+            if isinstance(matrix, StreamedMatrix):
+                matrix.pin(self._pool)  # every batch draws from them
         if self.counts is not None:
             # a cell without any count on these genes says nothing; a size of 1 keeps its logarithm finite
             self.size = np.maximum(np.asarray(self.counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
@@ -139,14 +151,24 @@ class PairedCells:
             self._n_nearest[rows] = part.shape[1]
         return nearest
 
-    def batch(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        """The cells `rows` with control partners drawn anew."""
+    def batches(self) -> Batches | None:
+        """The order of training that suits where the cells are; None where they are in memory."""
+        on_disk: Any = tuple(matrix for matrix in (self.data.X, self.counts) if isinstance(matrix, StreamedMatrix))
+        return partial(batch_by_windows, on_disk) if on_disk else None
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator, share: slice = slice(None)) -> Batch:
+        """The cells `rows` with control partners drawn anew; of these, those of a process's `share`."""
+        partners = self.draw_partners(rows, rng)[share]
+        is_perturbed = np.asarray(self.conditions.any(axis=1))[self.condition[rows]]
+        n_all, every = len(rows), int(is_perturbed.sum())
+        rows = rows[share]
         distinct, condition = np.unique(self.condition[rows], return_inverse=True)
         return Batch(
-            self.resident.take(np.concatenate([rows, self.draw_partners(rows, rng)])),
+            self.resident.take(np.concatenate([rows, partners])),
             torch.from_numpy(self.conditions[distinct]).to(self.device),
             torch.from_numpy(condition.astype(np.int64)).to(self.device),
             None if self.counts is None else gather_counts(self.counts, rows, self.size, self.device),
+            max(int(is_perturbed[share].sum()), 1) * n_all / (len(rows) * max(every, 1)),
         )
 
     def normalising_factor(self, rows: np.ndarray) -> np.ndarray:

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from perturbed.checkpoints import only_writer, remove_checkpoints
 from perturbed.config import parse
 from perturbed.data.contracts import read_split, write_prediction
 from perturbed.data.ondisk import open_tables
-from perturbed.errors import LeakageError, MethodError
+from perturbed.device import Device, choose_device
+from perturbed.distributed import ALONE, current, launch, refuse_alone, started_by_torchrun
+from perturbed.errors import LeakageError
 from perturbed.files import atomic
 from perturbed.models.base import FitRun, Method, MethodSpec, build, load_model, save_model
 from perturbed.models.inputs import load_training_data
@@ -41,36 +44,51 @@ def fit_model(
     history: Path | None = None,
     checkpoint: Path | None = None,
     files: Mapping[str, Path] | None = None,
-) -> str:
-    """Fit a method and save it; return the device it trained on.
+    memory_gb: float | None = None,
+    processes: int = 1,
+) -> Device:
+    """Fit a method and save it; return the device it trained on, with the reason.
 
-    `files` are the dataset's side files by role.
+    `files` are the dataset's side files by role. Cells beyond `memory_gb` are read from disk while the method trains,
+    where it can (`perturbed.data.streaming.memory_budget`). `processes` share each batch and, on the CPU, the threads
+    (`perturbed.distributed`); those of torchrun do so unasked.
 
     Raises
     ------
     LeakageError
         If `leakage` is of another split.
     MethodError
-        If the method cannot run on these data.
+        If the method cannot run on these data, or there is no such device.
     """
     method_spec = parse(MethodSpec, spec, "--method")
     method = build(method_spec)
+    if current() is ALONE and (processes > 1 or started_by_torchrun()):
+        refuse_alone(name or method_spec.title, method.parallel, max(2, processes))
+        keywords = {
+            "name": name, "leakage": leakage, "seed": seed, "device": device, "threads": max(1, threads // processes),
+            "history": history, "checkpoint": checkpoint, "files": files, "memory_gb": memory_gb,
+        }  # fmt: skip
+        arguments = {"spec": spec, "prepared": prepared, "split": split, "features": features, "out": out, **keywords}
+        return Device(*launch(fit_model, arguments, processes, device))
+    where = _seed_everything(method, seed, device, threads)
     header = read_split(split).header
     _check_leakage_file(leakage, header)
-    where = _seed_everything(method, seed, device, threads)
-    data = load_training_data(prepared, split, features, files)
+    data = load_training_data(prepared, split, features, files, streams=method.streams, memory_gb=memory_gb)
     method.check(data)
     rows: list[dict[str, float]] = []
     run = FitRun(
-        seed=seed, device=where, checkpoint=checkpoint, history=lambda row: rows.append(dict(row)), threads=threads
+        seed=seed, device=where.name, checkpoint=checkpoint, history=lambda row: rows.append(dict(row)), threads=threads
     )
-    method.fit(data, run)
     meta = {key: header.get(key) for key in ("dataset", "split", "fold", "sha256")}
-    if history is not None:
-        _write_history(history, rows, {**meta, "method": name or method_spec.title, "seed": seed})
-    save_model(out, method, method_spec, {**meta, "seed": seed})
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    with only_writer(checkpoint if current().leads else None):
+        method.fit(data, run)
+        if not current().leads:
+            return where
+        if history is not None:
+            _write_history(history, rows, {**meta, "method": name or method_spec.title, "seed": seed})
+        save_model(out, method, method_spec, {**meta, "seed": seed})
+        if checkpoint is not None:
+            remove_checkpoints(checkpoint)
     return where
 
 
@@ -105,7 +123,7 @@ def _check_leakage_file(leakage: Path | None, header: Mapping[str, Any]) -> None
         raise LeakageError(f"{leakage}: proves another split than this one; rerun `perturbed check-leakage`")
 
 
-def _seed_everything(method: Method, seed: int, device: str, threads: int) -> str:
+def _seed_everything(method: Method, seed: int, device: str, threads: int) -> Device:
     """Seed the global generators too, in case a library draws from them; return the device to use.
 
     torch is left alone where nothing has imported it: that would take longer than a baseline takes to fit.
@@ -113,16 +131,12 @@ def _seed_everything(method: Method, seed: int, device: str, threads: int) -> st
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     if not method.uses_torch and "torch" not in sys.modules:
-        return "cpu"
+        return Device("cpu", "the method needs no other")
     import torch
 
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MethodError("device: cuda was asked for but torch finds no GPU; use `device: auto` or cpu")
-    return device
+    return choose_device(device)
 
 
 def _write_history(path: Path, rows: list[dict[str, float]], meta: Mapping[str, Any]) -> None:

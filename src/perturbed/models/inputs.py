@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from perturbed.data.contracts import Split, read_features, read_split
 from perturbed.data.matrices import read_rows, row_sums
-from perturbed.data.ondisk import open_tables
+from perturbed.data.ondisk import MatrixOnDisk, open_tables
+from perturbed.data.streaming import BYTES_PER_VALUE, StreamedMatrix, memory_budget, row_lengths, takes_all
 from perturbed.errors import DataError, LeakageError
 from perturbed.models.base import TrainingData
+
+log = logging.getLogger(__name__)
 
 _KNOWN = ("perturbation", "n_perturbed", "context")
 
 
 def load_training_data(
-    prepared: str | Path, split: str | Path, features: str | Path, files: Mapping[str, Path] | None = None
+    prepared: str | Path,
+    split: str | Path,
+    features: str | Path,
+    files: Mapping[str, Path] | None = None,
+    *,
+    streams: bool = False,
+    memory_gb: float | None = None,
 ) -> TrainingData:
     """Read the training and validation cells of a split, on the split's genes.
 
@@ -31,6 +42,11 @@ def load_training_data(
         Paths of `prepared.h5ad`, `split.csv` and `features.csv`.
     files
         Side files by role, handed on to the method.
+    streams
+        Whether the method can read its cells from disk while it trains. Then matrices beyond the memory budget are
+        left there (`perturbed.data.streaming.StreamedMatrix`).
+    memory_gb
+        The memory budget in GB, see `perturbed.data.streaming.memory_budget`.
 
     Returns
     -------
@@ -56,23 +72,50 @@ def load_training_data(
         raise DataError(f"{features}: gene {gene!r} is not in {prepared}; rerun `perturbed features` on these data")
     part = frozen.table["part"].reindex(obs.index)
     rows = np.flatnonzero(part.isin(["train", "val"]).to_numpy())
-    X = read_rows(cells_on_disk.X, rows)
-    counts = read_rows(cells_on_disk.layers["counts"], rows) if "counts" in cells_on_disk.layers else None
+    on_counts = cells_on_disk.layers.get("counts")
+    matrices = [cells_on_disk.X] if on_counts is None else [cells_on_disk.X, on_counts]
+    stream = streams and _outgrows_memory(matrices, rows, memory_gb, prepared)
+    X = _read(cells_on_disk.X, rows, columns, stream)[0]
+    counts, library = (None, None) if on_counts is None else _read(on_counts, rows, columns, stream, sums=True)
     cells = obs.iloc[rows]
     return TrainingData(
-        X=X[:, columns].astype(np.float32, copy=False),
+        X=X,
         perturbation=_names(cells["perturbation"]),
         context=_names(cells["context"]),
         is_val=(part.iloc[rows] == "val").to_numpy(),
         genes=tuple(chosen.genes),
         centre=chosen.mean,
         loadings=chosen.loadings,
-        counts=None if counts is None else counts[:, columns].astype(np.float32, copy=False),
-        library=None if counts is None else row_sums(counts),
+        counts=counts,
+        library=library,
         covariates=cells.drop(columns=list(_KNOWN)),
         cells=cells.index.to_numpy(dtype=object),
         files=dict(files or {}),
     )
+
+
+def _outgrows_memory(
+    matrices: Sequence[MatrixOnDisk], rows: np.ndarray, memory_gb: float | None, path: str | Path
+) -> bool:
+    """Whether what would be read takes more than the budget."""
+    needed = sum(int(row_lengths(matrix, rows).sum()) for matrix in matrices) * BYTES_PER_VALUE
+    budget = memory_budget(memory_gb)
+    if needed > budget:
+        sizes = f"{needed / 1e9:.3g} GB of training cells, the memory budget is {budget / 1e9:.3g} GB"
+        log.info("%s: %s; they are streamed from disk, in an order of training of its own", path, sizes)
+    return needed > budget
+
+
+def _read(
+    matrix: MatrixOnDisk, rows: np.ndarray, columns: np.ndarray, stream: bool, *, sums: bool = False
+) -> tuple[Any, np.ndarray | None]:
+    """Rows and columns of a matrix, and where wanted the sum of each row over all columns of the file."""
+    if stream:
+        every = StreamedMatrix(matrix, rows)
+        return every.with_columns(columns), np.asarray(every.sum(axis=1)).ravel() if sums else None
+    found = read_rows(matrix, rows)
+    own = found if takes_all(columns, found.shape[1]) else found[:, columns]
+    return own.astype(np.float32, copy=False), row_sums(found) if sums else None
 
 
 def _names(column: pd.Series) -> np.ndarray:

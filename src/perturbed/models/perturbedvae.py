@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor
 
 from perturbed.config import Section
+from perturbed.data.streaming import take_rows
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun, TrainingData, require_seen
 from perturbed.models.cells import PairedCells, batch_by_blocks, normalising_factor
@@ -37,6 +38,7 @@ class PerturbedVAE(FromControl):
 
     Params = PerturbedVAEParams
     title = "PerturbedVAE"
+    streams = True
     params: PerturbedVAEParams
     module: PerturbedVAEModule
 
@@ -45,6 +47,7 @@ class PerturbedVAE(FromControl):
         if self.params.mmd_weight and self.params.likelihood == "nb":
             raise MethodError("mmd_weight: the MMD compares log-normalised cells; use `likelihood: gaussian`, or 0")
         self.needs_counts = self.params.likelihood == "nb"  # type: ignore[misc]
+        self.parallel = not self.params.mmd_weight  # type: ignore[misc]  # the MMD compares the cells of a whole batch
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
@@ -74,7 +77,8 @@ class PerturbedVAE(FromControl):
             np.flatnonzero(~data.is_val),
             np.flatnonzero(data.is_val),
             fingerprint(data, self.params, run.seed),
-            partial(batch_by_blocks, cells.condition, MMD_BLOCK) if self.params.mmd_weight else None,
+            partial(batch_by_blocks, cells.condition, MMD_BLOCK) if self.params.mmd_weight else cells.batches(),
+            self.parallel,
         )
         train(task, self.params, run)
         self.module.eval()
@@ -92,9 +96,10 @@ class PerturbedVAE(FromControl):
         prior = partner = None
         if p.mmd_weight:
             prior, partner = torch.randn(nu.shape, **draw), torch.randn(iota.shape, **draw)  # type: ignore[call-overload]
+        own = random.share(len(rows))
         return self.module.loss(
-            cells.batch(rows, random.numpy),
-            Draws(nu, iota, prior, partner),
+            cells.batch(rows, random.numpy, own),
+            Draws(nu[own], iota[own], prior, partner),
             kl_weight_nu=weight * p.kl_weight_nu,
             kl_weight_iota=weight * p.kl_weight_iota,
             alpha=weight * p.alpha,
@@ -105,10 +110,10 @@ class PerturbedVAE(FromControl):
 
     def _start_at_mean(self, cells: PairedCells) -> None:
         train_rows = np.flatnonzero(~cells.data.is_val)
-        centre = np.asarray(cells.data.X[train_rows].mean(axis=0), dtype=np.float64).ravel()
+        centre = np.asarray(take_rows(cells.data.X, train_rows).mean(axis=0), dtype=np.float64).ravel()
         output = centre
         if cells.counts is not None:
-            total = np.asarray(cells.counts[train_rows].sum(axis=0), dtype=np.float64).ravel()
+            total = np.asarray(take_rows(cells.counts, train_rows).sum(axis=0), dtype=np.float64).ravel()
             output = np.log((total + 0.5) / (total + 0.5).sum())  # a gene never counted still has a finite share
         self.module.start_at(*(torch.from_numpy(v.astype(np.float32)) for v in (centre, output)))
 

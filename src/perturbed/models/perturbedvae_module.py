@@ -258,6 +258,8 @@ class PerturbedVAEModule(nn.Module):
         distance = (posterior.iota_mean[:n] - posterior.iota_mean[n:]).square().sum(1)
         perturbed = batch.conditions.any(1)[batch.condition].to(distance.dtype)
         alignment = (distance * perturbed).sum() / torch.clamp(perturbed.sum(), min=1)
+        if batch.perturbed_share != 1:
+            alignment = alignment * batch.perturbed_share
         reconstruction = self._reconstruction(batch, decoded)
         edges = mechanisms.edge_shift.abs().sum(1)[batch.condition].mean()
         total = reconstruction + kl_weight_nu * kl_nu + kl_weight_iota * kl_iota + alpha * alignment
