@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("dag", "prepare", "metrics", "training", "rivals_discrepancy", "rivals_sparse", "classical", "gradients")
+BENCHMARKS = ("dag", "prepare", "metrics", "training", "rivals_discrepancy", "rivals_sparse", "classical", "gradients",
+              "axis_scores")  # fmt: skip
 
 
 def main() -> None:
