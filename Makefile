@@ -1,6 +1,6 @@
 # `make run`: environment, embedded default, report. `make test`: every test that needs no root.
 # Everything else is plain `snakemake` and `perturbed` in the environment (.venv).
-.PHONY: run test lint reference benchmark clean
+.PHONY: run test test-cluster lint reference benchmark clean
 SHELL := /bin/bash
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
@@ -10,6 +10,11 @@ run: .venv/core
 
 test: .venv/dev
 	@$(RUN) OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile $(PYTEST)
+
+# The profile on a Slurm of its own, which it installs, starts and disturbs on this machine (Debian or Ubuntu).
+test-cluster: .venv/dev
+	@[ "$$(id -u)" = 0 ] || { echo "make test-cluster: needs root, to install and start a Slurm"; exit 1; }
+	@$(RUN) OMP_NUM_THREADS=1 pytest -m cluster tests/cluster $(PYTEST)
 
 lint: .venv/dev
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy

@@ -65,7 +65,8 @@ def tabulate(
     parsed = parse(StatisticsSpec, read_option(statistics, "--statistics"), "--statistics")
     inputs = StudyInputs(history or (), probe, published, details or ())
     settings = {"study": study.model_dump(mode="json"), "n_files": len(scores)}
-    with recorded("study tabulate", out, {"probe": probe, "published": published}, settings):
+    read = [*scores, *inputs.histories, *inputs.details]
+    with recorded("study tabulate", out, {"probe": probe, "published": published}, settings, read=read):
         _write(tabulate_study(scores, study, parsed, inputs), out)
 
 
@@ -79,8 +80,9 @@ def probe(
 
     study = _study(spec)
     settings = {"study": study.model_dump(mode="json"), "models": model}
-    with recorded("study probe", out, {"prepared": prepared, "split": split, "features": features}, settings):
-        probe_split(prepared, split, features, _models(model), study.options, out)
+    models, inputs = _models(model), {"prepared": prepared, "split": split, "features": features}
+    with recorded("study probe", out, inputs, settings, read=[*models.values()]):
+        probe_split(prepared, split, features, models, study.options, out)
 
 
 @study_app.command()
@@ -96,9 +98,8 @@ def programs(
 
     study = _study(spec)
     inputs = {"prepared": prepared, "features": features, "gene_sets": gene_sets, "truth": truth}
-    with recorded(
-        "study programs", out, inputs, {"study": study.model_dump(mode="json"), "models": list(map(str, model))}
-    ):
+    settings = {"study": study.model_dump(mode="json"), "models": list(map(str, model))}
+    with recorded("study programs", out, inputs, settings, read=model):
         write_programs(model, prepared, features, gene_sets, truth, study.options, out)
 
 
@@ -111,16 +112,15 @@ def identify(
     threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
 ) -> None:
     """Simulate one setting, fit, and measure how well the planted latents are recovered."""
-    import torch
-
     from perturbed.config import parse
+    from perturbed.device import choose_device
     from perturbed.interpret.identifiability import run_setting
     from perturbed.interpret.identifiability_spec import IdentifiabilitySetting
     from perturbed.provenance import recorded
 
     parsed = parse(IdentifiabilitySetting, read_option(setting, "--setting"), "--setting")
     with recorded("study identify", out, {}, {"setting": parsed.model_dump(mode="json"), "seed": seed}):
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        where = choose_device(device).name
         _write(run_setting(parsed, seed, where, threads), out)
 
 
@@ -134,8 +134,9 @@ def map_cells(
 
     study = _study(spec)
     inputs = {"prepared": prepared, "split": split, "features": features}
-    with recorded("study map", out, inputs, {"study": study.model_dump(mode="json"), "models": model}):
-        _write(map_latents(prepared, split, features, _models(model), study), out)
+    models, settings = _models(model), {"study": study.model_dump(mode="json"), "models": model}
+    with recorded("study map", out, inputs, settings, read=[*models.values()]):
+        _write(map_latents(prepared, split, features, models, study), out)
 
 
 @study_app.command()
@@ -148,7 +149,7 @@ def gather(
 
     from perturbed.provenance import recorded
 
-    with recorded("study gather", out, {}, {"n_files": len(parts)}):
+    with recorded("study gather", out, {}, {"n_files": len(parts)}, read=parts):
         _write(pd.concat([pd.read_csv(path, keep_default_na=False, na_values=[""]) for path in parts]), out)
 
 
@@ -161,5 +162,7 @@ def draw(
 ) -> None:
     """Draw a study's figure: svg, png and the source data as csv."""
     from perturbed.figures import draw_study
+    from perturbed.provenance import check_whole
 
+    check_whole(table)
     draw_study(table, _study(spec), out, read_option(titles, "--titles"))

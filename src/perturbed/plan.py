@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
@@ -21,7 +20,7 @@ from perturbed.errors import ConfigError, suggest
 from perturbed.gradient_plan import GradientPlan
 from perturbed.models.spec import MethodSpec, load_method_spec
 from perturbed.run_config import RunConfig, features_of, load_config
-from perturbed.study_plan import StudyPlan, methods_of
+from perturbed.study_plan import Job, StudyPlan, methods_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,17 +34,6 @@ SPLIT_FIGURES = ("contrasts", "strata", "scatter", "hardest_easiest", "embedding
 def as_json(value: Any, *, sort: bool = True) -> str:
     """Compact JSON: equal slices are equal strings. Keys are sorted but where their order means something."""
     return json.dumps(value, sort_keys=sort, separators=(",", ":"))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One cell of the grid."""
-
-    dataset: str
-    split: str
-    fold: int
-    method: str
-    seed: int
 
 
 class Plan:
@@ -320,8 +308,13 @@ class Plan:
         return as_json({**self.config.model_dump(mode="json", include=keys), "methods": list(self._scored)})
 
     def resource(self, name: str) -> Any:
-        """A function of wildcards that gives a resource of the method."""
-        return lambda wildcards: getattr(self.methods[wildcards.method], name)
+        """A function of wildcards that gives a resource of the method, more of it at every attempt."""
+        return lambda wildcards, attempt: attempt * getattr(self.methods[wildcards.method], name)
+
+    @staticmethod
+    def grow(amount: int) -> Callable[[Any, int], int]:
+        """Grow a resource: this much, and as much again at every further attempt (`retries` of a profile)."""
+        return lambda wildcards, attempt: attempt * amount
 
     def gpus(self, wildcards: Any) -> int:
         """GPUs of a fit: one for a method that wants one, unless the run is told to stay on the CPU."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,21 @@ from perturbed.study_config import (
 )
 
 if TYPE_CHECKING:
-    from perturbed.plan import Job, Plan
+    from perturbed.plan import Plan
 
 FLOORS = ("mean_effect", "no_change")
 """Methods scored with every comparison of a run that has them, because they are the floors."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of the grid."""
+
+    dataset: str
+    split: str
+    fold: int
+    method: str
+    seed: int
 
 
 def methods_of(study: Study) -> tuple[str, ...]:

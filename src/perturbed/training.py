@@ -14,8 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,9 +23,12 @@ from pydantic import Field
 from scipy import sparse
 from torch import Tensor, nn
 
+from perturbed.checkpoints import read_checkpoint, write_checkpoint
 from perturbed.config import Section
+from perturbed.distributed import ALONE, Group, current, refuse_alone
 from perturbed.errors import MethodError
-from perturbed.files import atomic, sha256_text
+from perturbed.files import sha256_text
+from perturbed.interrupts import Stopped, postponed
 from perturbed.models.nn.mlp import MLP
 from perturbed.models.nn.schedules import fall_linearly
 
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 COMPILE_BACKEND = "inductor"
 """What `compile: true` compiles with."""
 CHECKPOINT_SECONDS = 20.0
-"""A checkpoint is written at the end of an epoch when the last one is older than this."""
+"""A checkpoint is written after a step when the last one is older than this."""
 
 
 class TrainingOptions(Section):
@@ -78,13 +80,19 @@ class Random:
     """For the order of cells, partners and subsets."""
     torch: torch.Generator
     """For draws on the device."""
+    group: Group = ALONE
+    """The processes that draw the same and share the rows of every batch."""
 
     @classmethod
-    def seeded(cls, seed: int, stream: int, device: str = "cpu") -> Random:
+    def seeded(cls, seed: int, stream: int, device: str = "cpu", group: Group = ALONE) -> Random:
         """Generators of an independent stream of `seed`."""
         generator = torch.Generator(device)
         generator.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]))
-        return cls(np.random.default_rng([seed, stream]), generator)
+        return cls(np.random.default_rng([seed, stream]), generator, group)
+
+    def share(self, n: int) -> slice:
+        """Rows of a batch of `n` that this process computes, after drawing for all: every one where it is alone."""
+        return self.group.share(n)
 
 
 Step = Callable[[np.ndarray, Random, int | None], Any]
@@ -94,7 +102,7 @@ validation, which takes the weights that hold after warm-up."""
 
 Batches = Callable[[np.ndarray, int, np.random.Generator], Iterator[np.ndarray]]
 """From training rows, batch size and generator to the rows of each batch of one epoch. All draws come from the
-generator, so that a resumed run takes the same batches."""
+generator, and before the first batch, so that a run resumed within an epoch takes the same batches."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,9 @@ class Task:
     """Identifies data and hyper-parameters; a checkpoint of another one is not resumed."""
     batches: Batches | None = None
     """The rows of every batch of one epoch; None takes the training rows in random order."""
+    parallel: bool = False
+    """Whether `step` draws for all rows and computes those of `random.share`, as training in several processes needs;
+    its terms are then averages over that share."""
 
 
 @contextmanager
@@ -157,7 +168,11 @@ def dense_rows(matrix: sparse.csr_matrix, rows: np.ndarray, device: str = "cpu")
 
 def fingerprint(data: TrainingData, params: Section, seed: int) -> str:
     """Hash of all that determines a fit: data, hyper-parameters, seed and the version of torch."""
-    checks = [_checksum(array) for array in (data.X.data, data.X.indices, data.X.indptr, data.is_val)]
+    matrix = data.X
+    if hasattr(matrix, "checksum"):  # on disk
+        checks = [matrix.checksum(), _checksum(data.is_val)]
+    else:
+        checks = [_checksum(array) for array in (matrix.data, matrix.indices, matrix.indptr, data.is_val)]
     names = [sha256_text("\n".join(map(str, names))) for names in (data.perturbation, data.context, data.genes)]
     return sha256_text(json.dumps([checks, names, params.model_dump_json(), seed, torch.__version__]))
 
@@ -179,21 +194,39 @@ def train(task: Task, options: TrainingOptions, run: FitRun) -> History:
     """Train `task.module` in place with Adam.
 
     Resumes from `run.checkpoint` where that holds a checkpoint of the same task; the outcome is then the same, to the
-    byte, as without the interruption, and `run.history` is called for the epochs before it, too. The checkpoint is
-    left for the caller to remove once the model is saved.
+    byte, as without the interruption, and `run.history` is called for the epochs before it, too. A signal to stop is
+    answered after the step at hand, with a checkpoint. The checkpoint is left for the caller to remove
+    (`checkpoints.remove_checkpoints`) once the model is saved.
 
     Raises
     ------
     MethodError
-        If the loss is no longer finite, or there are no training cells.
+        If the loss is no longer finite, there are no training cells, or the task does not train in several processes.
+    Stopped
+        If a signal asked to stop and `run.checkpoint` is given; what was done is in the checkpoint.
     """
     if not len(task.train_rows):
         raise MethodError("no training cells; loosen the split's fractions")
+    refuse_alone("this method", task.parallel, current().size)
     loop = _Loop(task, options, run)
-    with _deterministic(), _compiled(task.module, options.compile):
+    with _deterministic(), _compiled(task.module, options.compile), postponed(run.checkpoint is not None) as loop.asked:
+        loop.asked = loop.group.agree_on(loop.asked)
         loop.resume()
+        loop.group.check_same("data, options or checkpoint", loop._identity, loop.steps)
         loop.run_epochs()
     return History(loop.epochs, loop.best_epoch)
+
+
+@dataclass
+class _Begun:
+    """What is done of the epoch at hand: enough to go on after any of its batches."""
+
+    start: Mapping[str, Any]
+    """State of the numpy generator before the epoch's batches were drawn."""
+    n_batches: int = 0
+    n_cells: int = 0
+    totals: dict[str, Any] = field(default_factory=dict)
+    """Sums of the terms of the loss over cells, float64."""
 
 
 class _Loop:
@@ -201,7 +234,10 @@ class _Loop:
 
     def __init__(self, task: Task, options: TrainingOptions, run: FitRun) -> None:
         self.task, self.options, self.run = task, options, run
-        self.random = Random.seeded(run.seed, 1, run.device)
+        self.group = current()
+        self.random = Random.seeded(run.seed, 1, run.device, self.group)
+        if not self.group.leads:
+            self._save = lambda: None  # type: ignore[method-assign]
         self.optimiser = torch.optim.AdamW(
             [p for p in task.module.parameters() if p.requires_grad],
             lr=options.lr,
@@ -212,7 +248,9 @@ class _Loop:
         self.steps = 0
         self.best: dict[str, Tensor] = {}
         self.best_epoch: int | None = None
+        self.begun: _Begun | None = None
         self.saved_at = time.monotonic()
+        self.asked: Callable[[], int | None] = lambda: None
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +263,7 @@ class _Loop:
         ) as bar:
             while not self.finished:
                 row = self._one_epoch(len(self.epochs))
-                self._save()
+                self._pause()
                 bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
                 bar.update()
                 if self.run.history is not None:
@@ -251,6 +289,7 @@ class _Loop:
         if not all(math.isfinite(value) for value in row.values()):
             raise MethodError(f"training diverged in epoch {epoch} (loss {row['loss']}); lower `lr`")
         self.epochs.append(row)
+        self.begun = None
         if self.options.patience is not None and "val_loss" in row:
             best = math.inf if self.best_epoch is None else self.epochs[self.best_epoch]["val_loss"]
             if row["val_loss"] < best:
@@ -264,36 +303,54 @@ class _Loop:
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.task.module.train()
+        self.group.align(self.task.module)
         for group in self.optimiser.param_groups:
             group["lr"] = fall_linearly(epoch, self.options.epochs, self.options.lr, self.options.lr_final)
-        batches = self.task.batches or _permuted
-        totals: dict[str, Any] = {}
-        n_cells = 0
-        for rows in batches(self.task.train_rows, self.options.batch_size, self.random.numpy):
+        begun, batches = self._take_up_epoch()
+        for rows in batches:
             if self.options.max_steps is not None and self.steps >= self.options.max_steps:
                 break
             self.optimiser.zero_grad(set_to_none=True)
             with self._autocast():
                 terms = self.task.step(rows, self.random, epoch)
             terms.loss.backward()
+            terms = self.group.combine(terms, len(rows), self.task.module.parameters())
             self.optimiser.step()
             self.steps += 1
-            n_cells += len(rows)
-            _add(totals, terms, len(rows))
-        return {key: float(value) / n_cells for key, value in totals.items()}
+            begun.n_batches += 1
+            begun.n_cells += len(rows)
+            _add(begun.totals, terms, len(rows))
+            self._pause()
+        return {key: float(value) / begun.n_cells for key, value in begun.totals.items()}
+
+    def _take_up_epoch(self) -> tuple[_Begun, Iterator[np.ndarray]]:
+        """What is done of the epoch, and its remaining batches: all of them but after a resume."""
+        rng = self.random.numpy
+        draw = self.task.batches or _permuted
+        if self.begun is None:
+            self.begun = _Begun(rng.bit_generator.state)
+            return self.begun, draw(self.task.train_rows, self.options.batch_size, rng)
+        now = rng.bit_generator.state
+        rng.bit_generator.state = self.begun.start
+        batches = draw(self.task.train_rows, self.options.batch_size, rng)
+        for _ in range(self.begun.n_batches):
+            next(batches)
+        rng.bit_generator.state = now
+        return self.begun, batches
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Terms on the validation cells, with the same draws in every epoch, so that epochs can be compared."""
         self.task.module.eval()
-        random = Random.seeded(self.run.seed, 2, self.run.device)
+        random = Random.seeded(self.run.seed, 2, self.run.device, self.group)
         totals: dict[str, Any] = {}
         size = max(self.options.batch_size, 256)
         for start in range(0, len(self.task.val_rows), size):
             rows = self.task.val_rows[start : start + size]
             with self._autocast():
-                terms = self.task.step(rows, random, None)
+                terms = self.group.combine(self.task.step(rows, random, None), len(rows))
             _add(totals, terms, len(rows))
+            self._pause()
         return {key: float(value) / len(self.task.val_rows) for key, value in totals.items()}
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -307,52 +364,60 @@ class _Loop:
         parts = [self.task.fingerprint, shapes, split, options, self.run.seed, device]
         return sha256_text(json.dumps(parts, sort_keys=True))
 
-    def _save(self) -> None:
-        if self.run.checkpoint is None or time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+    def _pause(self) -> None:
+        """Between two steps: write a checkpoint if the last is old, or if a signal asks to stop, and then stop."""
+        if self.run.checkpoint is None:
             return
+        asked = self.asked()
+        if asked is not None:
+            self._save()
+            log.info("%s: saved after %d steps; the same command resumes there", self.run.checkpoint, self.steps)
+            raise Stopped(asked)
+        if time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        assert self.run.checkpoint is not None
+        begun = self.begun
         meta = {
             "identity": self._identity,
             "epochs": self.epochs,
             "steps": self.steps,
             "best_epoch": self.best_epoch,
             "numpy": self.random.numpy.bit_generator.state,
+            "begun": begun and {"start": begun.start, "n_batches": begun.n_batches, "n_cells": begun.n_cells},
         }
-        content = {
-            "meta": json.dumps(meta),
+        tensors = {
             "module": self.task.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
+            "totals": begun.totals if begun else {},
             "torch": self.random.torch.get_state(),
         }
-        with atomic(self.run.checkpoint) as part:
-            torch.save(content, part)
+        write_checkpoint(self.run.checkpoint, meta, tensors)
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Take up the checkpoint, if there is one of this task; else start afresh and say why."""
-        path = self.run.checkpoint
-        if path is None or not Path(path).is_file():
+        """Take up the checkpoint, if there is a usable one of this task; else start afresh."""
+        if self.run.checkpoint is None:
             return
-        try:
-            content = torch.load(path, weights_only=True, map_location="cpu")
-            meta = json.loads(content["meta"])
-        except Exception as error:  # torch and zip raise many kinds for a broken file
-            log.warning("%s: not a readable checkpoint (%s); starting afresh", path, " ".join(str(error).split())[:120])
-            return
-        if meta.get("identity") != self._identity:
-            log.warning("%s: checkpoint of other data or hyper-parameters; starting afresh", path)
-            return
-        self._restore(content, meta)
+        found = read_checkpoint(self.run.checkpoint, self._identity)
+        if found is not None:
+            self._restore(*found)
+        else:
+            log.info("training from the start; checkpoints go to %s", self.run.checkpoint)
 
-    def _restore(self, content: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def _restore(self, meta: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
         device = self.run.device
-        self.task.module.load_state_dict(content["module"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        self.best = {key: value.to(device) for key, value in content["best"].items()}
-        self.random.torch.set_state(content["torch"])
+        self.task.module.load_state_dict(tensors["module"])
+        self.optimiser.load_state_dict(tensors["optimiser"])
+        self.best = {key: value.to(device) for key, value in tensors["best"].items()}
+        self.random.torch.set_state(tensors["torch"])
         self.random.numpy.bit_generator.state = meta["numpy"]
         self.epochs, self.steps, self.best_epoch = list(meta["epochs"]), meta["steps"], meta["best_epoch"]
-        log.info("%s: resuming after epoch %d", self.run.checkpoint, len(self.epochs) - 1)
+        if meta["begun"] is not None:
+            self.begun = _Begun(**meta["begun"], totals={k: v.to(device) for k, v in tensors["totals"].items()})
+        log.info("%s: resuming after step %d, in epoch %d", self.run.checkpoint, self.steps, len(self.epochs))
         if self.run.history is not None:
             for row in self.epochs:
                 self.run.history(row)

@@ -14,8 +14,8 @@ rule score_genes:
         "../../envs/core.yaml"
     threads: plan.config.threads
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(120),
     params:
         spec=plan.axes.slice("enrichment", "judge", "gene_sets"),
         options=plan.axes.score_options,
@@ -41,8 +41,8 @@ rule enrich:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(60),
     params:
         spec=plan.axes.section("enrichment"),
         libraries=plan.axes.library_options,
@@ -69,8 +69,8 @@ rule judge:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=240,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(240),
     params:
         spec=plan.axes.section("judge"),
         libraries=plan.axes.library_options,
@@ -102,15 +102,23 @@ for _kind in (*AXIS_FIGURES, "flow"):
             png=plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "png"),
             source=plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "csv"),
         log:
-            plan.axes.file("logs/draw_flow_{flow}.log" if _kind == "flow" else f"logs/draw_{_kind}.log"),
+            plan.axes.file(
+                "logs/draw_flow_{flow}.log"
+                if _kind == "flow"
+                else f"logs/draw_{_kind}.log"
+            ),
         benchmark:
-            plan.axes.file("benchmarks/draw_flow_{flow}.tsv" if _kind == "flow" else f"benchmarks/draw_{_kind}.tsv")
+            plan.axes.file(
+                "benchmarks/draw_flow_{flow}.tsv"
+                if _kind == "flow"
+                else f"benchmarks/draw_{_kind}.tsv"
+            )
         conda:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            mem_mb=plan.grow(2000),
+            runtime=plan.grow(10),
         params:
             kind=_kind,
             verb=_kind if _kind in ("pathways", "judge") else f"draw {_kind}",

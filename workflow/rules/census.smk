@@ -16,8 +16,8 @@ rule simulate_census:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(30),
     params:
         card=plan.axes.cells_slice,
     message:
@@ -36,13 +36,13 @@ rule query_census:
         plan.axes.census("logs/query.log"),
     benchmark:
         plan.axes.census("benchmarks/query.tsv")
+    retries: 2
     conda:
         "../../envs/core.yaml"
     threads: 1
-    retries: 2
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(240),
     params:
         card=plan.axes.cells_slice,
         store=plan.axes.store_option,
@@ -68,8 +68,8 @@ rule fit_census_model:
         "../../envs/core.yaml"
     threads: plan.config.threads
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(240),
         gpu=0 if plan.config.device == "cpu" else 1,
     params:
         card=plan.axes.model_slice,
@@ -89,13 +89,13 @@ rule fetch_census_model:
         f"{plan.config.data}/models/benchmarks/{{decoder}}.tsv"
     wildcard_constraints:
         decoder="|".join(plan.axes.fetched) or "(?!)",
+    retries: 2
     conda:
         "../../envs/core.yaml"
     threads: 1
-    retries: 2
     resources:
-        mem_mb=4000,
-        runtime=120,
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(120),
     params:
         card=plan.axes.model_slice,
     message:
@@ -114,13 +114,13 @@ rule gene_sets:
         plan.axes.census("logs/gene_sets_{library}.log"),
     benchmark:
         plan.axes.census("benchmarks/gene_sets_{library}.tsv")
+    retries: 2
     conda:
         "../../envs/core.yaml"
     threads: 1
-    retries: 2
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(30),
     params:
         card=plan.axes.library_slice,
     message:

@@ -15,6 +15,9 @@ ENVIRONMENTS = Path(relpath(workflow.basedir)) / "envs"
 
 plan = read_plan(config)
 
+# A scheduler asks all processes of a job to end. The shell and `tee` must outlive the program, which cleans up.
+shell.prefix("trap '' TERM; ")
+
 # Where a file comes from changes no result, so it is no parameter: changing it must not fetch anything anew.
 environ["PERTURBED_DATA"] = plan.config.data
 environ["PERTURBED_MIRROR"] = plan.config.mirror or ""

@@ -14,8 +14,8 @@ rule fetch:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(240),
     params:
         card=plan.card_slice("source", "keys", "expect"),
     message:
@@ -38,8 +38,8 @@ rule simulate:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(30),
     params:
         card=plan.card_slice("source"),
     message:
@@ -61,8 +61,8 @@ rule prepare:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=lambda wildcards, input: max(4000, 8 * int(input.size_mb)),
-        runtime=60,
+        mem_mb=lambda wildcards, input, attempt: attempt * max(4000, 8 * int(input.size_mb)),
+        runtime=plan.grow(60),
     params:
         card=plan.card_slice("source", "keys", "prepare", "expect"),
     message:

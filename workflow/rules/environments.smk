@@ -14,8 +14,8 @@ rule environment:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(60),
     params:
         script=f"{ENVIRONMENTS}/environment.sh",
     message:

@@ -17,8 +17,8 @@ rule evaluate:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(60),
     params:
         spec=plan.section("evaluation", "n_halves", "references"),
     message:
@@ -41,8 +41,8 @@ rule references:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     params:
         spec=plan.section("evaluation", "references"),
         noise_free=plan.noise_free_option,
@@ -65,8 +65,8 @@ rule summarise:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     params:
         spec=plan.section("statistics"),
         config=plan.capability_slice(),

@@ -14,8 +14,8 @@ rule flow:
         "../../envs/core.yaml"
     threads: plan.config.threads
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     params:
         spec=plan.gradients.slice,
         options=plan.gradients.options,
@@ -40,8 +40,8 @@ rule gather_flows:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(10),
     message:
         "Gather seeds and groups of {wildcards.case}"
     shell:
@@ -76,8 +76,8 @@ for _kind in CASE_FIGURES:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            mem_mb=plan.grow(2000),
+            runtime=plan.grow(10),
         params:
             kind=_kind,
             stem=plan.stem,
@@ -111,8 +111,8 @@ rule draw_quality:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(10),
     params:
         stem=plan.stem,
         titles=plan.gradients.titles(),

@@ -53,8 +53,8 @@ rule predict:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(30),
     params:
         program=plan.program,
     message:

@@ -27,8 +27,8 @@ for _figure in RUN_FIGURES:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            mem_mb=plan.grow(2000),
+            runtime=plan.grow(10),
         params:
             figure=_figure,
             stem=plan.stem,
@@ -67,8 +67,8 @@ for _figure in SPLIT_FIGURES:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            mem_mb=plan.grow(2000),
+            runtime=plan.grow(10),
         params:
             figure=_figure,
             stem=plan.stem,
@@ -93,8 +93,8 @@ rule resolve_config:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=1000,
-        runtime=5,
+        mem_mb=plan.grow(1000),
+        runtime=plan.grow(5),
     params:
         config=plan.resolved(),
     message:
@@ -117,8 +117,8 @@ rule report:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(20),
     params:
         snakefile=relpath(workflow.main_snakefile),
     message:

@@ -13,8 +13,8 @@ rule split:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(10),
     params:
         spec=plan.split_slice,
     message:
@@ -37,8 +37,8 @@ rule features:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     params:
         spec=plan.feature_slice,
     message:
@@ -62,8 +62,8 @@ rule check_leakage:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     message:
         "Prove that no test cell of {wildcards.dataset}, {wildcards.split}, fold {wildcards.fold} reaches training"
     shell:

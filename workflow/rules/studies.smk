@@ -20,8 +20,8 @@ rule tabulate_study:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     params:
         spec=plan.studies.slice,
         statistics=plan.section("statistics"),
@@ -59,8 +59,8 @@ for _kind, _verb, _message in (
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=8000,
-            runtime=120,
+            mem_mb=plan.grow(8000),
+            runtime=plan.grow(120),
         params:
             verb=_verb,
             spec=plan.studies.slice,
@@ -87,8 +87,8 @@ rule study_programs:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=plan.grow(8000),
+        runtime=plan.grow(60),
     params:
         spec=plan.studies.slice,
         models=plan.studies.options("--model", "models"),
@@ -115,8 +115,8 @@ rule identify:
         "../../envs/core.yaml"
     threads: plan.config.threads
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(60),
     params:
         setting=plan.studies.setting_slice,
         device=plan.config.device,
@@ -142,8 +142,8 @@ rule gather_study:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(10),
     message:
         "Join the jobs of study {wildcards.study}"
     shell:

@@ -29,8 +29,8 @@ for _kind in STUDY_KINDS:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=2000,
-            runtime=10,
+            mem_mb=plan.grow(2000),
+            runtime=plan.grow(10),
         params:
             stem=plan.stem,
             spec=plan.studies.drawing_slice,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
 
 from perturbed.config import Section, parse
@@ -368,8 +367,6 @@ def _with_components(data: TrainingData, seed: int) -> TrainingData:
 
 
 def _resolve(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MethodError("device: cuda was asked for but torch finds no GPU; use auto or cpu")
-    return device
+    from perturbed.device import choose_device
+
+    return choose_device(device).name

@@ -237,7 +237,7 @@ def method_class(spec: MethodSpec) -> type[Method]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"implementation {spec.implementation!r} cannot be imported ({error})") from None
+        raise ConfigError(f"implementation {spec.implementation!r} cannot be imported ({error}); correct it") from None
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"implementation {spec.implementation!r} is no perturbed.models.base.Method")
     return found

@@ -16,7 +16,7 @@ import pandas as pd
 
 from perturbed.checkpoints import only_writer, remove_checkpoints
 from perturbed.config import parse
-from perturbed.data.contracts import read_split, write_prediction
+from perturbed.data.contracts import read_header, read_split, write_prediction
 from perturbed.data.ondisk import open_tables
 from perturbed.device import Device, choose_device
 from perturbed.distributed import ALONE, current, launch, refuse_alone, started_by_torchrun
@@ -72,7 +72,7 @@ def fit_model(
         return Device(*launch(fit_model, arguments, processes, device))
     where = _seed_everything(method, seed, device, threads)
     header = read_split(split).header
-    _check_leakage_file(leakage, header)
+    _check_leakage_file(leakage, header, features)
     data = load_training_data(prepared, split, features, files, streams=method.streams, memory_gb=memory_gb)
     method.check(data)
     rows: list[dict[str, float]] = []
@@ -112,15 +112,21 @@ def predict_split(
     write_prediction(out, replace(prediction, meta=meta))
 
 
-def _check_leakage_file(leakage: Path | None, header: Mapping[str, Any]) -> None:
+def _check_leakage_file(leakage: Path | None, header: Mapping[str, Any], features: Path) -> None:
     if leakage is None:
         return
     try:
-        known = json.loads(leakage.read_text()).get("split_sha256")
-    except (OSError, ValueError):
+        known = json.loads(leakage.read_text())
+        failed = [check["name"] for check in known.get("checks", ()) if not check["ok"]]
+        proven = known.get("split_sha256"), known.get("features_sha256")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise LeakageError(f"{leakage}: cannot be read; make it with `perturbed check-leakage`") from None
-    if known != header.get("sha256"):
+    if failed:
+        raise LeakageError(f"{leakage}: the check {failed[0]!r} failed; remake split and features from these data")
+    if proven[0] != header.get("sha256"):
         raise LeakageError(f"{leakage}: proves another split than this one; rerun `perturbed check-leakage`")
+    if proven[1] != read_header(features).get("sha256"):
+        raise LeakageError(f"{leakage}: proves other features than {features}; rerun `perturbed check-leakage`")
 
 
 def _seed_everything(method: Method, seed: int, device: str, threads: int) -> Device:

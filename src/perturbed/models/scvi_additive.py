@@ -20,6 +20,7 @@ import pandas as pd
 from pydantic import Field
 from scipy import sparse
 
+from perturbed.device import one_process
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.latent_additive import LatentAdditive, LatentAdditiveParams
@@ -119,7 +120,7 @@ class ScviAdditive(LatentAdditive):
             shape = {"n_hidden": p.n_hidden, "n_latent": p.n_latent, "n_layers": p.n_layers}
             model = scvi.model.SCVI(adata, gene_likelihood="nb", dropout_rate=p.dropout, **shape)
             stopping = p.patience is not None and len(val) > 0
-            with _interruptible():
+            with _interruptible(), one_process():
                 model.train(
                     max_epochs=p.epochs,
                     accelerator="gpu" if run.device.startswith("cuda") else "cpu",

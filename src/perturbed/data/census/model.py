@@ -23,6 +23,7 @@ from perturbed.data.census.spec import (
     SavedModel,
 )
 from perturbed.data.contracts import read_h5ad
+from perturbed.device import one_process
 from perturbed.errors import DataError, MethodError
 from perturbed.files import atomic, hash_file, sha256_text, write_json
 
@@ -79,6 +80,8 @@ def _training_cells(adata: AnnData, recipe: FittedModel, where: str) -> AnnData:
     """The cells and genes that the model is trained on."""
     if adata.n_vars == 0 or adata.X is None:
         raise DataError(f"{where}: holds no counts to fit a model to; minified cells belong to a published model")
+    if (adata.X.data % 1 != 0).any() or (adata.X.data < 0).any():
+        raise DataError(f"{where}: X holds values that are no counts (fractions, or below 0); give raw counts")
     enough = np.diff(adata.X.indptr) >= recipe.min_genes
     if not enough.any():
         raise DataError(f"{where}: no cell has {recipe.min_genes} detected genes; lower model.min_genes in the card")
@@ -122,11 +125,12 @@ def _train(adata: AnnData, recipe: FittedModel, out: Path) -> None:
                 adata, n_hidden=recipe.n_hidden, n_latent=recipe.n_latent, n_layers=recipe.n_layers,
                 dropout_rate=recipe.dropout, gene_likelihood="nb", encode_covariates=False,
             )  # fmt: skip
-            model.train(
-                max_epochs=recipe.epochs, batch_size=recipe.batch_size, train_size=recipe.train_share,
-                accelerator="auto", devices=1, enable_progress_bar=False, logger=False, enable_checkpointing=False,
-                plan_kwargs={"lr": recipe.lr, "n_epochs_kl_warmup": recipe.kl_warmup or None},
-            )  # fmt: skip
+            with one_process():
+                model.train(
+                    max_epochs=recipe.epochs, batch_size=recipe.batch_size, train_size=recipe.train_share,
+                    accelerator="auto", devices=1, enable_progress_bar=False, logger=False, enable_checkpointing=False,
+                    plan_kwargs={"lr": recipe.lr, "n_epochs_kl_warmup": recipe.kl_warmup or None},
+                )  # fmt: skip
             model.save(str(out), overwrite=True)
     except ValueError as error:
         raise MethodError(f"SCVI could not be fitted: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,162 @@
+"""A run on the loopback Slurm through `--profile slurm`, and handles to disturb it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from loopback import Loopback, wait_for
+
+ROOT = Path(__file__).parents[2]
+FIT = "results/tiny/zero_shot/fold0/perturbedvae/seed0"
+LATER = (f"{FIT}/model", f"{FIT}/training.csv", f"{FIT}/prediction.h5ad", f"{FIT}/scores.parquet", f"{FIT}/details",
+         "results/tables", f"{FIT}/logs/fit.log")  # fmt: skip
+# What a cluster needs minutes for, in seconds; everything else is the profile's.
+QUICK = ("--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2", "--latency-wait",
+         "15", "--max-status-checks-per-second", "10")  # fmt: skip
+PATIENCE = 600
+"""Seconds for what takes some ten on an idle machine."""
+
+
+@dataclass
+class ClusterRun:
+    """A folder in which Snakemake runs `tests/configs/cluster.yaml` on Slurm."""
+
+    folder: Path
+    slurm: Loopback
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def configure(self) -> None:
+        config = yaml.safe_load((ROOT / "tests/configs/cluster.yaml").read_text())
+        config["cards"] = [str(ROOT / path) for path in config["cards"]]
+        config["method_files"] = [str(ROOT / "config/methods")]
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def copy_before_fit(self, folder: Path) -> ClusterRun:
+        shutil.copytree(self.folder, folder, symlinks=True)
+        for name in LATER:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (folder / "run.log").unlink()
+        return ClusterRun(folder, self.slurm)
+
+    # --- Snakemake --------------------------------------------------------------------------------------------------
+
+    def command(self, *arguments: str) -> list[str]:
+        base = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            str(ROOT / "Snakefile"),
+            "--configfile",
+            "config.yaml",
+        ]
+        return [*base, *arguments]
+
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+    def begin(self, *arguments: str, target: str = f"{FIT}/model") -> None:
+        """Start Snakemake with the profile and come back."""
+        with open(self.folder / "run.log", "ab") as log:
+            self.process = subprocess.Popen(
+                self.command("--profile", str(ROOT / "slurm"), *QUICK, *arguments, "--", target),
+                cwd=self.folder, env=self.environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """Wait until Snakemake is done."""
+        assert self.process is not None
+        code = self.process.wait(timeout=2 * PATIENCE)
+        self.process = None
+        assert code == 0, self.said()[-6000:]
+
+    def kill(self) -> None:
+        """End Snakemake as a power cut on the login node would; Slurm's jobs live on."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+
+    def end(self) -> None:
+        """Leave nothing running."""
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        for job in self.slurm.jobs():
+            self.slurm.cancel(job)
+        wait_for(lambda: not self.slurm.jobs(), "no job is left")
+
+    def said(self) -> str:
+        """What Snakemake printed."""
+        return (self.folder / "run.log").read_text(errors="replace")
+
+    def submitted(self) -> list[str]:
+        """Ids of the Slurm jobs that were submitted, in order."""
+        return re.findall(r"has been submitted with SLURM jobid (\d+)", self.said())
+
+    # --- the fit ----------------------------------------------------------------------------------------------------
+
+    def fit_log(self) -> str:
+        path = self.folder / FIT / "logs/fit.log"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def wait_for_training(self, *, after: str = "") -> str:
+        """Wait until the fit trains, from where Slurm job `after` left it; the job's id."""
+        said = "resuming after" if after else "checkpoints go to"
+
+        def found() -> str | None:
+            running = [job for job, rule in self.slurm.jobs("RUNNING").items() if rule.startswith("rule_fit")]
+            return running[0] if running and running[0] != after and said in self.fit_log() else None
+
+        def ready() -> bool:
+            ended = self.process is not None and self.process.poll() is not None
+            assert not ended, self.said()[-4000:]
+            return found() is not None
+
+        wait_for(ready, "the fit trains", PATIENCE)
+        return str(found())
+
+    def trainer(self) -> int:
+        """Process id of the fit."""
+        for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                here = Path(f"/proc/{pid}/cwd").resolve() == self.folder.resolve()
+            except OSError:
+                continue
+            if here and b"fit" in words[2:3] and words[1].endswith(b"/perturbed"):
+                return pid
+        raise AssertionError("no fit runs in this folder")
+
+    def results(self) -> dict[str, bytes]:
+        """Bytes of the tables, and of the fitted model."""
+        files = [path for path in (self.folder / "results/tables").iterdir() if "provenance" not in path.name]
+        files += (self.folder / FIT / "model").iterdir()
+        files += [self.folder / FIT / "scores.parquet", self.folder / FIT / "training.csv"]
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
+
+    def must_equal(self, reference: ClusterRun) -> None:
+        """Fail where a byte of a result differs, or something is left that a clean run does not leave.
+
+        What follows the fit is run here and not on Slurm, for time.
+        """
+        left = [path for path in (self.folder / FIT).iterdir() if "checkpoint" in path.name or ".part." in path.name]
+        assert left == []
+        done = subprocess.run(
+            self.command("--cores", "2", "benchmark"), cwd=self.folder, env=self.environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert "Fit perturbedvae" not in done.stdout
+        here, there = self.results(), reference.results()
+        assert here.keys() == there.keys()
+        assert [name for name in there if here[name] != there[name]] == []
