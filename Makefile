@@ -35,4 +35,4 @@ reference: .venv/dev
 	@envs/install.sh dev
 
 clean:
-	rm -rf .venv .snakemake results/demo data/simulation data/simulation_epistasis
+	rm -rf .venv .snakemake results/demo data/simulation data/simulation_epistasis data/simulation_deep data/simulation_epistasis_deep data/census

@@ -183,7 +183,7 @@ def test_card_and_page_name_every_parameter(name: str) -> None:
     assert [key for key in CARDS[name].model_fields if f"`{key}`" not in page] == []
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", [*CARDS, *(f"{name}_deep" for name in CARDS)])
 def test_card_expects_what_it_plants(name: str) -> None:
     found = card(name)
     assert isinstance(found.source, SimulationSource)
@@ -193,6 +193,9 @@ def test_card_expects_what_it_plants(name: str) -> None:
     assert (expect.n_vars, expect.n_groups, expect.n_control) == (p.n_genes, len(sizes), p.n_control)
     assert (expect.n_single, expect.n_double) == (sizes.count(1), sizes.count(2))
     assert expect.n_obs == p.n_control + p.n_cells_per_perturbation * (len(sizes) - 1)
+    if name.endswith("_deep"):  # more cells of the same world
+        shallow = build_generator(card(name.removesuffix("_deep")).source, name).world
+        np.testing.assert_array_equal(world.loadings_nu, shallow.loadings_nu)
 
 
 @pytest.mark.parametrize(("name", "ceiling"), [("simulation", 0.98), ("simulation_epistasis", 0.94)])

@@ -203,8 +203,8 @@ class _Moments:
 def _simulate_truth(generator: Generator) -> AnnData:
     """Average fresh cells, never those of `raw`.
 
-    Every condition sees the same backgrounds, noise and overdispersion, so that the sampling error of a difference of
-    two conditions is far smaller than that of either; the streams depend on nothing but the seed and the block.
+    Every condition sees the same backgrounds, noise and overdispersion, so that cell states and depths differ between
+    conditions by nothing but the perturbation; the streams depend on nothing but the seed and the block.
     """
     world, params = generator.world, generator.world.params
     shape = (len(world.conditions), params.n_genes)
