@@ -18,6 +18,7 @@ from perturbed.decoders.scvi import SCVIDecoder, load_scvi, read_checkpoint
 from perturbed.errors import DataError, MethodError
 from perturbed.files import hash_file
 from perturbed.gradients.gene_scores import score_genes
+from perturbed.gradients.user import score_saved_model
 
 VARIANTS = {
     "nb": {"gene_likelihood": "nb"},
@@ -128,21 +129,46 @@ def test_genes_are_taken_by_name_and_missing_ones_are_zero(saved):
     np.testing.assert_array_equal(decoder.counts_of(layered, "raw").toarray(), cells.X.toarray())
 
 
-def test_wrong_data_is_told_in_one_line(saved):
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_wrong_data_is_told_in_one_line(saved, tmp_path):
     _, cells, folder = saved["nb"]
     decoder = load_scvi(folder)
     wrong = cells.copy()
     wrong.var_names = [f"ENSG{i}" for i in range(30)]
+    genes = list(cells.var_names)
+
+    def changed(place: int, value: float) -> sparse.csr_matrix:
+        """The counts with one of the stored values, by its place in cell order, changed."""
+        counts = sparse.csr_matrix(cells.X, copy=True)
+        counts.data[place] = value
+        return counts
+
+    def score_file(change: dict) -> None:
+        """Score these cells as a user does, from a file with some of their fields changed."""
+        other = cells.copy()
+        for field, value in change.items():
+            setattr(other, field, value)
+        other.write_h5ad(tmp_path / "wrong.h5ad")
+        arms = {"column": "lane", "unperturbed": ["a"], "perturbed": ["b"]}
+        score_saved_model(folder, tmp_path / "wrong.h5ad", tmp_path / "out", **arms)
+
     cases = [
         (lambda: decoder.counts_of(wrong), r"only 0% of the model's genes.*'g0'.*'ENSG0'"),
         (lambda: decoder.counts_of(anndata.AnnData(cells.X * 0.5, var=cells.var)), "no counts.*layer"),
         (lambda: decoder.counts_of(cells, "raw"), "no layer 'raw'"),
+        (lambda: decoder.arrange(cells.X, [*genes[:-1], "g4"]), "gene 'g4' stands twice in the data; keep one"),
+        (lambda: decoder.arrange(changed(-1, np.nan), genes), "NaN or infinite values; take these"),
+        (lambda: decoder.arrange(changed(0, np.inf), genes), "NaN or infinite values; take these"),
+        (lambda: decoder.arrange(changed(-1, 0.5), genes), "no counts.*layer"),  # after 2,000 whole numbers
+        (lambda: decoder.arrange(changed(-1, -1.0), genes), "no counts.*layer"),
         (lambda: decoder.context(["a", "d"]), "batch 'd' was not in the model's training"),
+        (lambda: score_file({"var_names": [*genes[:-1], "g4"]}), r"wrong\.h5ad: gene 'g4' stands twice"),
+        (lambda: score_file({"X": changed(0, 0.5)}), r"wrong\.h5ad: the values are no counts"),
     ]
     for call, message in cases:
         with pytest.raises(DataError, match=message) as error:
             call()
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -178,6 +178,8 @@ def test_a_gain_that_is_denoising_falls_with_the_number_of_cells(tmp_path):
         "study",
     )  # fmt: skip
     table = tabulate_study(paths, study, SPEC)
+    over_reference = table[table["baseline"] == "noise_free_additive"]
+    table = table[table["baseline"] == "additive"]
     few, many = (row(table, method="model", metric="r2", cells=cells) for cells in (5, 40))
     assert few["gain"] == pytest.approx(0.1, abs=0.05) and few["ci_low"] > 0
     assert many["gain"] == pytest.approx(0.0, abs=0.05) and many["ci_low"] < 0 < many["ci_high"]
@@ -186,3 +188,7 @@ def test_a_gain_that_is_denoising_falls_with_the_number_of_cells(tmp_path):
     distance = row(table, method="model", metric="l2_delta", cells=5)
     assert distance["gain"] == pytest.approx(mean["additive"] - mean["model"])
     assert bool(row(table, method="noise_free_additive", metric="r2", cells=5)["reference"])
+    for method in ("model", "additive"):
+        found = row(over_reference, method=method, metric="l2_delta", cells=5)
+        assert found["gain"] == pytest.approx(mean["noise_free_additive"] - mean[method])
+        assert found["ci_low"] < found["gain"] < found["ci_high"] < 0

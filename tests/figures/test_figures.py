@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbed.config import StatisticsSpec
+from perturbed.config import StatisticsSpec, parse
 from perturbed.data.contracts import SCORE_COLUMNS, write_scores
 from perturbed.errors import ConfigError, DataError
 from perturbed.evaluation.summarise import summarise
 from perturbed.figures import FIGURES, FigureInputs, draw_figure
+from perturbed.figures.study import draw_study
 from perturbed.figures.style import look_of, title_of
+from perturbed.study_config import Comparison, Denoising
 
 SPEC = StatisticsSpec(primary_metric="pearson_delta_pert", primary_method="perturbedvae", n_bootstrap=100)
 DIRECTIONS = {"pearson_delta_pert": 1, "l2_delta": -1}
@@ -67,6 +69,8 @@ def inputs(tmp_path_factory) -> FigureInputs:
         for term in ("loss", "val_loss", "kl")
         for s in (0, 1)
     ]
+    silent = {**key, "method": "perturbedvae", "value": 0.0}
+    terms += [epochs.assign(**{**silent, "term": term}) for term in ("mmd", "val_mmd")]
     pd.concat(terms).to_csv(folder / "training.csv", index=False)
     return FigureInputs.from_files(
         folder / "tables", [*sorted((folder / "details").iterdir()), folder / "training.csv"]
@@ -158,6 +162,62 @@ def test_a_run_that_has_nothing_for_a_figure_gets_a_figure_that_says_so(inputs, 
     empty.write_text("dataset,split,fold,method,seed,epoch,term,value\n")
     svg = draw("training_curves", FigureInputs(inputs.tables, histories=(empty,)), tmp_path / "t")
     assert "training.csv holds no row" in words(svg)
+
+
+def test_a_term_that_is_zero_throughout_is_named_but_gets_no_panel(inputs, tmp_path):
+    text = words(draw("training_curves", inputs, tmp_path / "t"))
+    assert "0 throughout, no panel: mmd" in text and text.count("mmd") == 1
+    assert set(pd.read_csv(tmp_path / "t.csv")["term"]) == {"loss", "val_loss", "kl"}
+    late = pd.read_csv(inputs.histories[0])
+    late.loc[late["term"].eq("mmd") & late["epoch"].eq(5), "value"] = 1.0  # a weight that sets in late
+    late.to_csv(tmp_path / "training.csv", index=False)
+    text = words(draw("training_curves", FigureInputs(histories=(tmp_path / "training.csv",)), tmp_path / "u"))
+    assert "0 throughout" not in text and text.count("mmd") == 1
+    assert "val_mmd" in set(pd.read_csv(tmp_path / "u.csv")["term"])
+
+
+def test_the_gain_over_the_reference_has_panels_of_its_own(tmp_path):
+    rows = []
+    for dataset, baselines in (("real", ["additive"]), ("sim", ["additive", "noise_free_additive"])):
+        for baseline in baselines:
+            for method in sorted({"shrunk_interaction", "additive", *baselines} - {baseline}):
+                for cells in (40, 4000):
+                    is_reference = method == "noise_free_additive"
+                    key = (dataset, f"n{cells}", cells, method, is_reference, baseline, "l2_delta", -1)
+                    rows.append((*key, 0.2, 0.1, 0.3))
+    columns = ["dataset", "split", "cells", "method", "reference", "baseline", "metric", "direction", "gain", "ci_low",
+               "ci_high"]  # fmt: skip
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "table.csv", index=False)
+    keys = {"levels": {"n40": 40, "n4000": 4000}, "methods": ["shrunk_interaction"], "metrics": ["l2_delta"]}
+    study = parse(Denoising, {"kind": "denoising", "title": "Gain by cells", **keys}, "study")
+    draw_study(tmp_path / "table.csv", study, tmp_path / "d", TITLES)
+    text = words((tmp_path / "d.svg").read_text())
+    assert text.count("gain over Additive") == 2 and text.count("gain over Noise-free additive") == 1
+    assert (
+        "at 4,000 cells" in text
+        and "+0.200 [0.100, 0.300]" in text
+        and len(pd.read_csv(tmp_path / "d.csv")) == len(rows)
+    )
+
+
+def test_what_lies_far_from_all_others_is_written_at_the_edge(tmp_path):
+    methods = {"no_change": 9.0, "mean_effect": 8.0, "additive": 5.0, "perturbedvae": 4.0, "gears": 60.0}
+    rows = [
+        {"method": name, "mean": mean, "ci_low": mean - 0.2, "ci_high": mean + 0.2, "n_perturbations": 15,
+         "n_undefined": 0, "published": {"additive": 4.5, "perturbedvae": 30.0}.get(name)}
+        for name, mean in methods.items()
+    ]  # fmt: skip
+    rows[2] |= {"n_perturbations": 5, "n_undefined": 10}
+    key = {"dataset": "d", "split": "s", "reference": False, "metric": "l2_delta", "direction": -1, "floor": 8.0}
+    pd.DataFrame(rows).assign(**key).to_csv(tmp_path / "table.csv", index=False)
+    keys = {"splits": ["s"], "methods": list(methods), "metrics": ["l2_delta"], "title": "t"}
+    study = parse(Comparison, {"kind": "comparison", **keys}, "study")
+    draw_study(tmp_path / "table.csv", study, tmp_path / "c", TITLES)
+    text = words((tmp_path / "c.svg").read_text())
+    assert "60 →" in text and "◇ 30 →" in text and "4.5" not in text  # the last is a diamond
+    assert "Additive (5 of 15)" in text and "PerturbedVAE (" not in text
+    ticks = [float(word) for word in re.findall(r"<text[^>]*>([\d.]+)</text>", (tmp_path / "c.svg").read_text())]
+    assert max(ticks) < 20
 
 
 def test_a_method_looks_the_same_whatever_else_is_drawn():

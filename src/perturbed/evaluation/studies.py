@@ -17,7 +17,7 @@ import pandas as pd
 from perturbed.config import StatisticsSpec
 from perturbed.data.contracts import read_features
 from perturbed.errors import ConfigError, DataError, suggest
-from perturbed.evaluation.statistics import REFERENCES, arrange, contrast
+from perturbed.evaluation.statistics import REFERENCES, ScoreGrid, arrange, contrast
 from perturbed.evaluation.summarise import merge_scores, read_directions, tabulate_means
 from perturbed.study_config import TOP_EXPRESSED, Comparison, Conditions, Denoising, Study, Sweep
 
@@ -251,42 +251,55 @@ def _over_seeds(values: pd.Series, quantity: str) -> pd.DataFrame:
 def tabulate_denoising(
     scores: pd.DataFrame, study: Denoising, spec: StatisticsSpec, inputs: StudyInputs
 ) -> pd.DataFrame:
-    """One row per dataset, split (cells per condition), method or reference, and metric: the gain over the baseline.
+    """One row per dataset, split (cells per condition), method or reference, metric and baseline: the gain over it.
 
     `gain` is the paired mean over test perturbations, oriented so that more is better, with its bootstrap interval.
+    `baseline` is the study's; where the reference is scored, each method's gain over the reference follows, and that of
+    the study's baseline.
     """
     directions: Mapping[str, int] = read_directions()
     picked = scores[scores["metric"].isin(study.metrics)]
-    rows: list[dict[str, Any]] = []
+    pairs = [(name, study.baseline) for name in (*study.methods, study.reference)]
+    pairs += [(name, study.reference) for name in (*study.methods, study.baseline)]
+    rows = []
     for grid in arrange(picked, spec):
         for metric in study.metrics:
-            for method in dict.fromkeys([*study.methods, study.reference]):
-                there = {(method, metric), (study.baseline, metric)} <= set(grid.values)
-                if method == study.baseline or not there:
-                    continue
-                found = contrast(grid, method, study.baseline, metric, directions[metric], confidence=spec.confidence)
-                rows.append(
-                    {
-                        "dataset": grid.dataset,
-                        "split": grid.split,
-                        "cells": study.levels[grid.split],
-                        "method": method,
-                        "reference": method in REFERENCES,
-                        "baseline": study.baseline,
-                        "metric": metric,
-                        "direction": directions[metric],
-                        "gain": found.difference.value,
-                        "ci_low": found.difference.low,
-                        "ci_high": found.difference.high,
-                        "method_mean": found.method_mean,
-                        "baseline_mean": found.baseline_mean,
-                        "n_perturbations": found.difference.n,
-                        "n_seeds": found.n_seeds,
-                    }
-                )
+            for name, baseline in dict.fromkeys(pairs):
+                if name != baseline and {(name, metric), (baseline, metric)} <= set(grid.values):
+                    gain = _gain(grid, name, baseline, metric, directions[metric], spec.confidence)
+                    rows.append({**gain, "cells": study.levels[grid.split]})
     if not rows:
         raise DataError(f"study: no method was scored beside {study.baseline} in {', '.join(study.levels)}")
-    return pd.DataFrame(rows).sort_values(["dataset", "metric", "method", "cells"], ignore_index=True)
+    rows.sort(
+        key=lambda row: (row["dataset"], row["metric"], row["baseline"] != study.baseline, row["method"], row["cells"])
+    )
+    return pd.DataFrame(rows, columns=_GAINS)
+
+
+_GAINS = ["dataset", "split", "cells", "method", "reference", "baseline", "metric", "direction", "gain", "ci_low",
+          "ci_high", "method_mean", "baseline_mean", "n_perturbations", "n_seeds"]  # fmt: skip
+
+
+def _gain(
+    grid: ScoreGrid, method: str, baseline: str, metric: str, direction: int, confidence: float
+) -> dict[str, Any]:
+    found = contrast(grid, method, baseline, metric, direction, confidence=confidence)
+    return {
+        "dataset": grid.dataset,
+        "split": grid.split,
+        "method": method,
+        "reference": method in REFERENCES,
+        "baseline": baseline,
+        "metric": metric,
+        "direction": direction,
+        "gain": found.difference.value,
+        "ci_low": found.difference.low,
+        "ci_high": found.difference.high,
+        "method_mean": found.method_mean,
+        "baseline_mean": found.baseline_mean,
+        "n_perturbations": found.difference.n,
+        "n_seeds": found.n_seeds,
+    }
 
 
 _KINDS: dict[str, Callable[..., pd.DataFrame]] = {

@@ -55,7 +55,7 @@ def draw_contrasts(page: Page) -> tuple[Figure, pd.DataFrame]:
         row[0].set_yticks(range(len(methods)), [title_of(name, page.titles, 40) for name in methods])
         row[0].set_ylim(len(methods) - 0.4, -0.6)
     for axes in panels[-1]:
-        axes.set_xlabel("mean gain over perturbations, better →", fontsize=8, color=GREY)
+        axes.set_xlabel("mean gain, better →", fontsize=8, color=GREY)
     _add_contrast_legend(figure, page)
     return figure, table
 
@@ -160,9 +160,15 @@ def _name_stratum(table: pd.DataFrame, kind: str, stratum: str, n_strata: int) -
 
 
 def draw_calibration(page: Page) -> tuple[Figure, pd.DataFrame]:
-    """Draw the dynamic range fraction of every metric; reads `calibration.csv`."""
+    """Draw the dynamic range fraction of every metric; reads `calibration.csv`.
+
+    Splits in which it is undefined throughout, because no floor was scored there, are counted below instead.
+    """
+    from matplotlib.lines import Line2D
+
     table = page.table("calibration")
-    pages = [key for key, _ in table.groupby(["dataset", "split"], sort=True)]
+    defined = table["drf"].notna().groupby([table["dataset"], table["split"]]).any().sort_index()
+    pages = list(defined.index[defined]) or list(defined.index)
     inter = (
         table[table["positive"] == "interpolated_duplicate"]
         if "interpolated_duplicate" in set(table["positive"])
@@ -184,6 +190,9 @@ def draw_calibration(page: Page) -> tuple[Figure, pd.DataFrame]:
         axes.set_yticks(range(len(metrics)), [label_metric(metric) for metric in metrics])
         axes.set_ylim(len(metrics) - 0.4, -0.6)
     handles, labels = panels[0].get_legend_handles_labels()
+    if len(pages) < len(defined):
+        handles.append(Line2D([], [], ls="none"))
+        labels.append(f"not drawn, because no floor was scored: {len(defined) - len(pages)} more")
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure, table
 

@@ -157,7 +157,8 @@ def _read_csv(path: Path, verb: str) -> pd.DataFrame:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; make it with `perturbed {verb}`") from None
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable csv ({' '.join(str(error).split())[:120]})") from None
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: not a readable csv ({reason}); delete it and rerun `perturbed {verb}`") from None
     missing = {"dataset", "split"} - set(table.columns)
     if missing:
         raise DataError(f"{path}: column {sorted(missing)[0]!r} is missing; make the file with `perturbed {verb}`")

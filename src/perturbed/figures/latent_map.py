@@ -20,11 +20,14 @@ MOST_NAMED = 7
 
 
 def draw_latent_map(table: pd.DataFrame, study: LatentMap, titles: Mapping[str, str]) -> Figure:
-    """One row of panels per method, one panel per colour column; the share of like neighbours beside chance above."""
+    """One row of panels per method, one panel per colour column; the share of like neighbours beside chance above.
+
+    A like neighbour has the same value in the column; neighbours are of the latents, not of the map.
+    """
     methods = list(dict.fromkeys(table["method"]))
     colours = [name for name in study.colours if name in table]
     figure = new_figure(3.6 * len(colours) + 0.6, 3.3 * len(methods) + 0.6)
-    figure.suptitle(study.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(f"{study.title}: {study.dataset}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     panels = figure.subplots(len(methods), len(colours), squeeze=False)
     for line, method in zip(panels, methods):
         here = table[table["method"] == method]
@@ -34,7 +37,9 @@ def draw_latent_map(table: pd.DataFrame, study: LatentMap, titles: Mapping[str, 
             axes.set_title(
                 f"{column.replace('_', ' ')}\nlike neighbours {like:.2f}, by chance {chance:.2f}", loc="left"
             )
-        line[0].set_ylabel(title_of(method, titles))
+        line[0].set_ylabel(f"{title_of(method, titles)}\nt-SNE 2")
+    for axes in panels[-1]:
+        axes.set_xlabel("t-SNE 1")
     return figure
 
 
@@ -46,7 +51,8 @@ def _draw_cells(axes: Axes, here: pd.DataFrame, column: str) -> None:
         for colour, name in zip(OKABE_ITO, names):
             part = here[values == name]
             axes.scatter(part["x"], part["y"], color=colour, label=name, **style)
-        axes.legend(markerscale=2, fontsize=7.5, loc="best", handletextpad=0.1)
+        look: dict[str, Any] = {"markerscale": 2, "fontsize": 7.5, "handletextpad": 0.1, "borderaxespad": 0.2}
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), **look)  # beside the cells, not over them
     else:
         codes = np.searchsorted(names, values)
         axes.scatter(here["x"], here["y"], c=codes, cmap="turbo", **style)

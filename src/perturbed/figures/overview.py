@@ -33,8 +33,9 @@ SHOWN_REFERENCES = ("technical_duplicate", "interpolated_duplicate", "noise_free
 
 
 def pick_metrics(table: pd.DataFrame, primary: str, n: int) -> list[str]:
-    """At most `n` scored metrics: the primary one, the key ones, then the others by name."""
-    there = set(table["metric"])
+    """At most `n` metrics that have a score: the primary one in any case, the key ones, then the others by name."""
+    scored = table["difference" if "difference" in table else "mean"].notna() | (table["metric"] == primary)
+    there = set(table.loc[scored, "metric"])
     order = dict.fromkeys([primary, *KEY_METRICS, *sorted(there)])
     return [metric for metric in order if metric in there][:n]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ def draw(table: pd.DataFrame) -> Figure:
     best = mean[mean["metric"] == "balanced_accuracy"].sort_values(["reduced", "value"], ascending=[True, False])
     order = {name: place for place, name in enumerate(dict.fromkeys(best["representation"]))}
     rows = best.assign(_place=best["representation"].map(order)).sort_values(["_place", "reduced", "n_dimensions"])
-    figure = new_figure(WIDTH, 1.2 + 0.27 * len(rows))
+    figure = new_figure(WIDTH, 1.5 + 0.27 * len(rows))
     panels = figure.subplots(1, len(TITLES), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, TITLES):
         of_metric = mean[mean["metric"] == metric].set_index(["representation", "n_dimensions", "reduced"])
@@ -43,8 +43,24 @@ def draw(table: pd.DataFrame) -> Figure:
     panels[0].set_yticks(range(len(rows)), [_label(row) for row in rows.to_dict("records")])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     n_conditions, n_cells = (round(mean[column].mean()) for column in ("n_conditions", "n_cells"))
-    figure.supxlabel(f"{n_conditions} conditions, {n_cells} held-out cells", fontsize=8.5, color=GREY)
+    for axes in panels:
+        axes.set_xlabel(f"{n_conditions} conditions, {n_cells} held-out cells", fontsize=8.5, color=GREY)
+    _add_legend(figure, bool(rows["reduced"].any()))
     return figure
+
+
+def _add_legend(figure: Figure, reduced: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Line2D([], [], color="black", marker="o", lw=1.6, label="mean over seeds, interval over conditions"),
+        Line2D([], [], color=GREY, lw=1, ls=(0, (4, 2)), label="permuted labels"),
+        Patch(color=PALE, label="permuted labels, up to 95 % of them"),
+    ]
+    if reduced:
+        handles.append(Line2D([], [], color="black", marker="o", mfc="white", lw=0, label="reduced in width"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def _draw_panel(axes: Axes, rows: pd.DataFrame) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from perturbed.errors import DataError
 from perturbed.figures.inputs import NothingToDraw
 from perturbed.figures.style import RC, draw_note, save
-from perturbed.study_config import Study
+from perturbed.study_config import Probe, Programs, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,14 +38,14 @@ def _draw_probe(path: Path, study: Study, titles: Mapping[str, str]) -> tuple[Fi
     table = _read(path)
     parts = table["representation"].str.partition(", ")  # a method's name and, where it has several, which of them
     named = parts[0].map(lambda name: titles.get(name, name)) + parts[1] + parts[2].str.replace("z_iota", "z_ι")
-    return draw(table.assign(representation=named)), table
+    return _head(draw(table.assign(representation=named)), study), table
 
 
 def _draw_identifiability(path: Path, study: Study, titles: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
     from perturbed.figures.identifiability import draw
 
     table = _read(path)
-    return draw(table), table
+    return _head(draw(table), study), table
 
 
 def _draw_programs(path: Path, study: Study, titles: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
@@ -58,7 +58,14 @@ def _draw_programs(path: Path, study: Study, titles: Mapping[str, str]) -> tuple
     if not parts:
         raise DataError(f"{path}: holds no csv; make the folder with `perturbed study programs`")
     table = pd.concat(parts, ignore_index=True)
-    return draw(path), table[["table", *(column for column in table if column != "table")]]
+    return _head(draw(path), study), table[["table", *(column for column in table if column != "table")]]
+
+
+def _head(figure: Figure, study: Study) -> Figure:
+    """Put the study's title, and the data of a study of one dataset and split, over a figure that has none."""
+    where = f": {study.dataset} · {study.split}" if isinstance(study, Probe | Programs) else ""
+    figure.suptitle(study.title + where, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
 
 
 STUDY_FIGURES: dict[str, Callable[[Path, Study, Mapping[str, str]], tuple[Figure, pd.DataFrame]]] = {
@@ -108,7 +115,8 @@ def _read(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; make it with `perturbed study`") from None
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable csv ({' '.join(str(error).split())[:120]})") from None
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: not a readable csv ({reason}); delete it and rerun the study") from None
     if table.empty:
         raise NothingToDraw(f"{path.name} holds no row")
     return table

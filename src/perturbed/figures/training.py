@@ -20,15 +20,23 @@ VALIDATION = "val_"
 
 
 def draw_training_curves(page: Page) -> tuple[Figure, pd.DataFrame]:
-    """Draw one panel per loss term, one line per seed and fold; reads the training histories."""
+    """Draw one panel per loss term, one line per seed and fold; reads the training histories.
+
+    A term that is 0 throughout, such as one of weight 0, gets no panel: the legend names it.
+    """
     table = page.histories()
     if "method" not in table:
         table.insert(0, "method", "")
     keys = ["method", "fold", "seed"]
     table = table.sort_values([*keys, "term", "epoch"], ignore_index=True)
+    bare = table["term"].str.removeprefix(VALIDATION)
+    lives = table["value"].ne(0).groupby(bare).any()  # NaN is no 0
     terms = list(dict.fromkeys(term.removeprefix(VALIDATION) for term in sorted(set(table["term"]), key=_rank)))
+    silent = [term for term in terms if not lives[term]]
+    terms = [term for term in terms if lives[term]]
     if not terms:
         raise NothingToDraw("no method of this run trains by epochs")
+    table = table[bare.isin(terms)].reset_index(drop=True)
     methods = sorted(set(table["method"]))
     rows, columns = arrange_panels(len(terms), N_COLUMNS)
     figure = new_figure(max(5.0, WIDTH * columns / N_COLUMNS), 2.3 * rows + 0.6)
@@ -44,7 +52,7 @@ def draw_training_curves(page: Page) -> tuple[Figure, pd.DataFrame]:
     for axes in panels[max(0, len(terms) - columns) : len(terms)]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("epoch")
-    _add_legend(figure, page, methods, bool(table["term"].str.startswith(VALIDATION).any()))
+    _add_legend(figure, page, methods, bool(table["term"].str.startswith(VALIDATION).any()), silent)
     return figure, table
 
 
@@ -65,7 +73,7 @@ def _finish_panel(axes: Axes, term: str) -> None:
     axes.set_title(term.replace("_", " "), loc="left")
 
 
-def _add_legend(figure: Figure, page: Page, methods: list[str], validation: bool) -> None:
+def _add_legend(figure: Figure, page: Page, methods: list[str], validation: bool, silent: list[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -75,4 +83,6 @@ def _add_legend(figure: Figure, page: Page, methods: list[str], validation: bool
     ]
     handles += [Line2D([], [], color="black", label="training cells (one line per seed and fold)")]
     handles += [Line2D([], [], color="black", ls="--", label="validation cells")] if validation else []
+    names = ", ".join(term.replace("_", " ") for term in silent)
+    handles += [Line2D([], [], ls="none", label=f"0 throughout, no panel: {names}")] if silent else []
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
