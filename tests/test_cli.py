@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 VERBS = ("fetch", "mirror", "simulate", "prepare", "split", "features", "check-leakage", "fit", "predict", "evaluate",
          "summarise", "figure", "config", "longest")  # fmt: skip
+FIT = ["fit", "--prepared", "a", "--split", "b", "--features", "c", "--method", "{}", "--out", "x"]
 STUDY_VERBS = ("tabulate", "probe", "programs", "identify", "map", "gather", "draw")
 
 
@@ -78,6 +79,12 @@ def test_every_verb_explains_itself():
             "--model: 'd' is not METHOD@SEED=PATH",
         ),
         (["longest", "--results", "nowhere"], "nowhere: no benchmark file"),
+        ([*FIT, "--file", "sets.gmt"], "--file sets.gmt: give ROLE=PATH, such as gene_sets=sets.gmt"),
+        ([*FIT, "--file", "gene_sets="], "--file gene_sets=: give ROLE=PATH"),
+        (
+            [*FIT, "--file", "gene_sets=no.gmt"],
+            "--file gene_sets=no.gmt: no such file; correct the path, or the card's files.gene_sets",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
@@ -120,7 +127,7 @@ def test_an_interrupt_is_one_line(tmp_path):
     time.sleep(4)
     process.send_signal(signal.SIGTERM)
     _, shown = process.communicate(timeout=60)
-    assert process.returncode == 130, shown
-    assert "interrupted" in shown
+    assert process.returncode == 143, shown
+    assert "stopped by SIGTERM" in shown
     assert "Traceback" not in shown
     assert not list(tmp_path.iterdir())

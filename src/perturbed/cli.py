@@ -10,22 +10,25 @@ import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
-import yaml
+import typer.main
 
 from perturbed.cli_axis import axis_app, score_genes
 from perturbed.cli_census import census_app
 from perturbed.cli_gradients import flow_app, gradients
+from perturbed.cli_house import config, longest
 from perturbed.cli_judge import judge
 from perturbed.cli_mirror import mirror
 from perturbed.cli_options import (
     CardOption,
     Dataset,
     FeatureFile,
+    MemoryOption,
     Out,
     Prepared,
     Spec,
@@ -36,7 +39,7 @@ from perturbed.cli_options import (
 )
 from perturbed.cli_pathways import enrich, gene_sets
 from perturbed.cli_studies import study_app
-from perturbed.errors import ConfigError, PerturbedError
+from perturbed.errors import ConfigError, PerturbedError, find_errno, spell_os_error
 from perturbed.interrupts import Stopped, heed_signals
 
 
@@ -49,9 +52,10 @@ class OneLineErrors(typer.core.TyperGroup):
             return super().invoke(ctx)
         except PerturbedError as error:
             line, code = str(error), 1
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            line, code = f"{where}{os.strerror(error.errno) if error.errno else error}", 1
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and find_errno(error) is None:
+                raise
+            line, code = spell_os_error(error), 1
         except KeyboardInterrupt as stop:
             asked = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
             line, code = f"{asked}; nothing half-written is left, run the same command again", asked.code
@@ -79,6 +83,8 @@ app.command("gene-sets")(gene_sets)
 app.command()(enrich)
 app.command()(judge)
 app.command()(mirror)
+app.command()(config)
+app.command()(longest)
 
 
 def _split_spec(text: str) -> Any:
@@ -140,7 +146,8 @@ def simulate(
     parsed = _card(card)
     if not isinstance(parsed.source, SimulationSource):
         raise ConfigError(f"--card: source.kind of {dataset} is {parsed.source.kind!r}, not simulation; use `fetch`")
-    with recorded("simulate", out, {}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
+    settings = {"dataset": dataset, "card": parsed.model_dump(mode="json")}
+    with recorded("simulate", out, {}, settings, beside=[gene_sets]):
         write_simulation(parsed.source, dataset, out, truth, gene_sets)
 
 
@@ -150,17 +157,15 @@ def prepare(
     raw: Annotated[Path, typer.Option(help="raw.h5ad")],
     card: CardOption,
     out: Out,
+    memory_gb: MemoryOption = None,
 ) -> None:
     """Canonical names, quality control and fixed-target normalisation: prepared.h5ad, free of any split."""
-    from perturbed.data.contracts import check_prepared, write_h5ad
-    from perturbed.data.prepare import prepare as run
+    from perturbed.data.prepare_streamed import prepare_file
     from perturbed.provenance import recorded
 
     parsed = _card(card)
     with recorded("prepare", out, {"raw": raw}, {"dataset": dataset, "card": parsed.model_dump(mode="json")}):
-        adata = run(raw, parsed, dataset)
-        check_prepared(adata, out)
-        write_h5ad(out, adata)
+        prepare_file(raw, parsed, dataset, out, memory_gb=memory_gb)
 
 
 @app.command()
@@ -227,19 +232,24 @@ def fit(
     history: Annotated[Path | None, typer.Option(help="Where the loss by epoch goes (csv).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Last checkpoint, to resume exactly from.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="A side file of the data, as ROLE=PATH.")] = None,
+    memory_gb: MemoryOption = None,
+    processes: Annotated[int, typer.Option(help="Processes that share each batch; one per GPU.", min=1)] = 1,
 ) -> None:
     """Fit one method on the training cells of one split: model/ with config.json and state.pt."""
+    from perturbed.distributed import torchrun_rank
     from perturbed.models.fitting import fit_model
     from perturbed.provenance import recorded
 
     files = read_side_files(file or [])
     inputs = {"prepared": prepared, "split": split, "features": features, "leakage": leakage, **files}
     spec = read_option(method, "--method")
-    with recorded("fit", out, inputs, {"method": spec, "seed": seed, "threads": threads}) as record:
+    settings = {"method": spec, "seed": seed, "threads": threads} | ({"processes": processes} if processes > 1 else {})
+    recording: Any = nullcontext({}) if torchrun_rank() else recorded("fit", out, inputs, settings, beside=[history])
+    with recording as record:  # of several processes, the first alone writes
         record["device"], record["device_reason"] = fit_model(
             spec, prepared, split, features, out,
             name=name, leakage=leakage, seed=seed, device=device, threads=threads,
-            history=history, checkpoint=checkpoint, files=files,
+            history=history, checkpoint=checkpoint, files=files, memory_gb=memory_gb, processes=processes,
         )  # fmt: skip
 
 
@@ -257,7 +267,8 @@ def predict(
     from perturbed.models.fitting import predict_split
     from perturbed.provenance import recorded
 
-    with recorded("predict", out, {"prepared": prepared, "split": split}, {"model": str(model), "seed": seed}):
+    inputs, settings = {"prepared": prepared, "split": split}, {"model": str(model), "seed": seed}
+    with recorded("predict", out, inputs, settings, read=[model]):
         predict_split(model, prepared, split, out, method=method, seed=seed, threads=threads)
 
 
@@ -293,7 +304,7 @@ def evaluate(
         raise ConfigError("evaluate: give either --prediction FILE or --references")
     parsed = parse(EvaluationSpec, read_option(spec, "--spec"), "--spec")
     inputs = {"truth": truth, "split": split, "prediction": prediction, "features": features, "noise_free": noise_free}
-    with recorded("evaluate", out, inputs, {"spec": parsed.model_dump(mode="json")}):
+    with recorded("evaluate", out, inputs, {"spec": parsed.model_dump(mode="json")}, beside=[details]):
         if prediction is None:
             write_scores(out, score_references(truth, split, features, parsed, truth=noise_free))
             return
@@ -319,7 +330,7 @@ def summarise(
     parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
     capabilities = Plan(read_option(config, "--config")).tabulate_capabilities() if config else None
     settings = {"spec": parsed.model_dump(mode="json"), "n_files": len(scores)}
-    with recorded("summarise", out, {}, settings), atomic(out) as part:
+    with recorded("summarise", out, {}, settings, read=scores), atomic(out) as part:
         run(scores, parsed, part)
         if capabilities is not None:
             capabilities.to_csv(part / "capabilities.csv", index=False, lineterminator="\n")
@@ -339,50 +350,32 @@ def figure(
     """Draw a figure from tables: svg, png and the source data as csv."""
     from perturbed.config import StatisticsSpec, parse
     from perturbed.figures import FigureInputs, draw_figure
+    from perturbed.provenance import check_whole
 
     parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
+    check_whole(*([] if tables is None else [tables]), *(details or []))
     inputs = FigureInputs.from_files(tables, details or [])
     titles_read = read_option(titles, "--titles")
     draw_figure(name, inputs, out, dataset=dataset, split=split, spec=parsed, titles=titles_read)
 
 
-# --- the house ----------------------------------------------------------------------------------------------------
+def _end_quietly_after_hdf5() -> list[str]:
+    """Keep what HDF5 says of files that it cannot close to itself; return where it is noted.
 
+    On a full disk it fails again for every object that is still open, and may then crash the process at its end.
+    """
+    noted: list[str] = []
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
 
-@app.command()
-def config(
-    write: Annotated[bool, typer.Option(help="Write schema and reference pages from the code.")] = False,
-    resolve: Annotated[str | None, typer.Option(help="Resolve this config (text or file), defaults filled in.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the resolved config goes.")] = Path("config.yaml"),
-) -> None:
-    """Check and resolve a configuration, or write its schema and the generated reference pages."""
-    from perturbed.files import write_text
-    from perturbed.plan import Plan
-    from perturbed.reference import write_reference
+    def heard(value: BaseException | None, where: Any = "") -> bool:
+        known = "file write failed" in str(value) or "h5py" in str(where)
+        noted.extend([str(value)] * known)
+        return known
 
-    if write:
-        for path in write_reference(Path()):
-            typer.echo(path)
-    if resolve is not None:
-        resolved = Plan(read_option(resolve, "--resolve")).config.model_dump(mode="json")
-        write_text(out, yaml.safe_dump(resolved, sort_keys=False))
-
-
-@app.command()
-def longest(
-    results: Annotated[Path, typer.Option(help="Folder of a run.")],
-    n: Annotated[int, typer.Option(help="How many jobs.", min=1)] = 10,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the table goes (csv); else only printed.")] = None,
-) -> None:
-    """The longest jobs of a run, from the benchmark files that every rule leaves."""
-    from perturbed.files import atomic
-    from perturbed.jobs import find_longest, spell_longest
-
-    table = find_longest(results, n)
-    typer.echo(spell_longest(table))
-    if out is not None:
-        with atomic(out) as part:
-            table.to_csv(part, index=False, lineterminator="\n")
+    # Its destructors print first and then report: the one hook sees the traceback, the other what was ignored.
+    sys.excepthook = lambda kind, value, trace: None if heard(value) else show(kind, value, trace)
+    sys.unraisablehook = lambda one: None if heard(one.exc_value, one.object) else show_unraisable(one)
+    return noted
 
 
 def main() -> None:
@@ -391,7 +384,15 @@ def main() -> None:
     logging.getLogger("anndata").setLevel(logging.WARNING)  # it announces every column it stores as categorical
     logging.captureWarnings(True)
     heed_signals()  # a scheduler's polite end must clean up as Ctrl-C does
-    app()
+    unclosed = _end_quietly_after_hdf5()
+    try:
+        typer.main.get_command(app)()  # `app()` would put back a hook for errors
+    except SystemExit as end:
+        if end.code and unclosed:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code))
+        raise
 
 
 if __name__ == "__main__":

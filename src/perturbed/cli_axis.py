@@ -55,7 +55,9 @@ def draw(
 ) -> None:
     """Draw an axis case: svg, png and the source data as csv."""
     from perturbed.figures.axis import draw_axis_figure
+    from perturbed.provenance import check_whole
 
+    check_whole(tables)
     draw_axis_figure(kind, tables, out, title=title, group=group, flows=flow or ())
 
 
@@ -70,7 +72,9 @@ def pathways(
 ) -> None:
     """Draw the first pathways of every list: svg, png and the source data as csv."""
     from perturbed.figures.pathways import draw_pathways
+    from perturbed.provenance import check_whole
 
+    check_whole(enrichment, *([] if judgement is None else [judgement]))
     verdicts = None if judgement is None else judgement / "verdicts.csv"
     draw_pathways(enrichment, verdicts, out, title, level=level, published=published)
 
@@ -83,5 +87,7 @@ def judge(
 ) -> None:
     """Draw what the judge said: svg, png and the source data as csv."""
     from perturbed.figures.judge import draw_judge_figure
+    from perturbed.provenance import check_whole
 
+    check_whole(judgement)
     draw_judge_figure(judgement, out, title)

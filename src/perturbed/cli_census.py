@@ -48,7 +48,7 @@ def simulate(
     parsed = _parse(CensusCard, card)
     if not isinstance(parsed.cells, SimulationCells):
         raise ConfigError(f"--card: cells.kind of {name} is {parsed.cells.kind!r}, not simulation; use `query`")
-    with recorded("census simulate", truth, {}, _settings(name, parsed)):
+    with recorded("census simulate", truth, {}, _settings(name, parsed), beside=[gene_sets]):
         write_simulation(parsed.cells, name, store, truth, gene_sets)
 
 
@@ -66,6 +66,7 @@ def query(
     from perturbed.data.census.frozen import find_file, read_frozen
     from perturbed.data.census.query import query_cells
     from perturbed.data.census.spec import CensusCard, H5adCells, MinifiedCells
+    from perturbed.data.mirror import copy_slice
     from perturbed.provenance import recorded
 
     parsed = _parse(CensusCard, card)
@@ -77,7 +78,7 @@ def query(
             near = Path(mirror) if mirror else None
             file = find_file(parsed.cells, name, data_dir=data_dir, mirror=near, allow_unpinned=allow_unpinned)
             read_frozen(parsed, name, file, out)
-        else:
+        elif not (mirror and copy_slice(parsed, name, out, mirror)):
             query_cells(parsed, name, out, store=store)
 
 

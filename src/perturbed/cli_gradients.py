@@ -37,7 +37,7 @@ def case(
     parsed = parse(GradientCase, named, "--spec")
     inputs = {"prepared": prepared, "split": split, "features": features, "truth": truth}
     settings = {"case": parsed.model_dump(mode="json"), "model": str(model), "seed": seed, "judged": judged}
-    with recorded("flow case", out, inputs, settings):
+    with recorded("flow case", out, inputs, settings, read=[model]):
         if parsed.screen:
             run_screen(parsed, model, prepared, split, features, out, seed=seed, truth=truth)
         else:
@@ -52,7 +52,7 @@ def gather(
     from perturbed.gradients.gather import gather_flows
     from perturbed.provenance import recorded
 
-    with recorded("flow gather", out, {}, {"flows": [str(path) for path in flows]}):
+    with recorded("flow gather", out, {}, {"flows": [str(path) for path in flows]}, read=flows):
         gather_flows(flows, out)
 
 
@@ -65,7 +65,9 @@ def draw(
 ) -> None:
     """Draw a case: svg, png and the source data as csv."""
     from perturbed.figures.gradients import draw_case_figure
+    from perturbed.provenance import check_whole
 
+    check_whole(tables)
     draw_case_figure(kind, tables, out, title)
 
 
@@ -77,7 +79,9 @@ def quality(
 ) -> None:
     """Draw how good the decoders of all cases are, as a table."""
     from perturbed.figures.gradients import draw_quality_figure
+    from perturbed.provenance import check_whole
 
+    check_whole(*tables)
     draw_quality_figure(tables, out, read_option(titles, "--titles"))
 
 
@@ -111,7 +115,7 @@ def gradients(
     from perturbed.provenance import recorded
 
     settings = {"column": column, "unperturbed": unperturbed, "perturbed": perturbed, "seed": seed, "model": str(model)}
-    with recorded("gradients", out, {"h5ad": h5ad}, settings):
+    with recorded("gradients", out, {"h5ad": h5ad}, settings, read=[model]):
         score_saved_model(
             model, h5ad, out, column=column, unperturbed=unperturbed, perturbed=perturbed, batch=batch, layer=layer,
             gene_column=gene_column, per=per, logits=logits, flow_genes=flow or (), knock_down=knock_down, umap=umap,

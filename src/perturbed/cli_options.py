@@ -18,6 +18,13 @@ FeatureFile = Annotated[Path, typer.Option("--features", help="features.csv")]
 CardOption = Annotated[str, typer.Option("--card", help="Dataset card: YAML or JSON text, or a file.")]
 Dataset = Annotated[str, typer.Option(help="Name of the dataset.")]
 Spec = Annotated[str, typer.Option("--spec", help="The stage's section of the config: YAML or JSON text, or a file.")]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-gb",
+        help="Memory budget in GB; what needs more is streamed. Default: PERTURBED_MEMORY_GB, or half of what is free.",
+    ),
+]
 Titles = Annotated[str, typer.Option("--titles", help="Method titles as a mapping.")]
 
 

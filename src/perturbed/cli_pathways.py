@@ -34,13 +34,14 @@ def gene_sets(
     """Get a library of gene sets and write it with the data's symbols, and what was lost (STEM.mapping.csv)."""
     from perturbed.config import parse
     from perturbed.pathways.gene_sets import Access, write_gene_sets
-    from perturbed.pathways.spec import GeneSetCard
+    from perturbed.pathways.spec import GeneSetCard, GeneSetPath
     from perturbed.provenance import recorded
 
     parsed = parse(GeneSetCard, read_option(card, "--card"), "--card")
     access = Access(data_dir, Path(mirror) if mirror else None, allow_unpinned)
     settings = {"name": name, "card": parsed.model_dump(mode="json")}
-    with recorded("gene-sets", out, {"var_table": var_table}, settings) as record:
+    read = [parsed.source.path] if isinstance(parsed.source, GeneSetPath) else []
+    with recorded("gene-sets", out, {"var_table": var_table}, settings, read=read) as record:
         record["sorted_sha256"] = write_gene_sets(parsed, name, out, access=access, var_table=var_table)
 
 
@@ -65,7 +66,8 @@ def enrich(
     libraries, rankings = read_libraries(gene_sets), scores / "rankings.csv"
     named = [*(planted or ()), *(() if truth is None else read_planted(truth))]
     settings = {"spec": parsed.model_dump(mode="json"), "top": top, "planted": named}
-    with recorded("enrich", out, {"rankings": rankings, "genome": genome, **libraries}, settings):
+    inputs, read = {"rankings": rankings, "genome": genome, **libraries}, [] if truth is None else [truth]
+    with recorded("enrich", out, inputs, settings, read=read):
         write_enrichment(rankings, libraries, parsed, out, top=top, genome=genome, planted=named)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -32,6 +35,42 @@ class MethodError(PerturbedError):
 
 class UnseenPerturbationError(MethodError):
     """A method cannot predict a perturbation because it never saw one of its genes."""
+
+
+_NO_SPACE = "nothing half-written is left; free some space and run the same command again"
+_NO_ACCESS = "make it accessible, or give another path"
+_MENDS = {
+    errno.ENOENT: "make it with the stage before, or correct the path",
+    errno.EISDIR: "it must be a file, correct the path",
+    errno.ENOTDIR: "a part of this path is a file, correct it",
+    errno.EEXIST: "delete it, or give another path",
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: _NO_ACCESS,
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: _NO_SPACE,
+}
+
+
+def find_errno(error: BaseException) -> int | None:
+    """The system's number of an error; HDF5 raises other classes too, and names it among its own words."""
+    number = getattr(error, "errno", None)
+    if number is None:
+        number = next((code for code in _MENDS if os.strerror(code) in str(error)), None)
+    return number
+
+
+def spell_os_error(error: BaseException) -> str:
+    """What the system refused, with the file and, for the common reasons, the mend."""
+    number = find_errno(error)
+    said = " ".join(str(error).split())[:200] if number is None else os.strerror(number)
+    named = getattr(error, "filename", None)
+    if named is None:
+        found = re.search(r"filename = '([^']+)'", str(error))
+        named = found[1] if found else None
+    mend = f"; {_MENDS[number]}" if number in _MENDS else ""
+    return f"{named}: {said}{mend}" if named else f"{said}{mend}"
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

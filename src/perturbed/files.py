@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     The temporary name ends as `path` does, so that writers which look at the suffix behave the same.
     Works for files and for folders (the caller may `mkdir` the yielded path). An existing `path` is
-    replaced only when the new one is complete. The name is the same every time, so that what a killed
-    process left is removed by the next one.
+    replaced only when the new one is complete and on the disk, so that a power cut leaves one or the
+    other. The name is the same every time, so that what a killed process left is removed by the next one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,15 +27,33 @@ def atomic(path: str | Path) -> Iterator[Path]:
     _remove(part)
     try:
         yield part
-        if part.is_file():
-            with open(part, "rb") as handle:
-                os.fsync(handle.fileno())
+        _sync(part)
         if part.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(part, path)
     except BaseException:
         _remove(part)
         raise
+    _sync_folder(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or a folder with all that is in it, on the disk: the name must not outlive the content."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if file.is_dir():
+            _sync_folder(file)
+        elif file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -26,6 +26,16 @@ from perturbed.study_config import Study
 NamesOrNone = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
+_Seeds = tuple[int, ...]
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    wrong = [seed for i, seed in enumerate(seeds) if seed < 0 or seed in seeds[:i]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is negative or comes twice; give each seed once, from 0")
+    return seeds
+
+
 def _check_folder(path: str) -> str:
     if path.startswith("-") or not re.fullmatch(r"[\w./@%+=:,-]+", path):
         raise ValueError(f"{path!r} holds what a shell acts on; use letters, digits, `.`, `/`, `_` and `-`")
@@ -55,7 +65,7 @@ class RunConfig(Section):
     `[]` for a run of `axes` alone, with `methods: []` and `splits: {}`."""
     methods: NamesOrNone = ("no_change", "mean_effect", "additive", "matching_mean", "pca_ridge", "perturbedvae")
     """Files of `config/methods` by name."""
-    seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[_Seeds, BeforeValidator(as_tuple), AfterValidator(_check_seeds), Field(min_length=1)] = (0, 1, 2)
     """Training seeds; methods without randomness run once."""
     splits: dict[str, SplitSpec] = {"zero_shot": UnseenCombo(kind="unseen_combo")}  # noqa: RUF012 — pydantic copies it
     """The splits by name."""

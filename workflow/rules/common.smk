@@ -16,7 +16,8 @@ ENVIRONMENTS = Path(relpath(workflow.basedir)) / "envs"
 plan = read_plan(config)
 
 # A scheduler asks all processes of a job to end. The shell and `tee` must outlive the program, which cleans up.
-shell.prefix("trap '' TERM; ")
+# The prefix replaces Snakemake's own, without whose `pipefail` the exit code would be that of `tee`: always 0.
+shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 # Where a file comes from changes no result, so it is no parameter: changing it must not fetch anything anew.
 environ["PERTURBED_DATA"] = plan.config.data

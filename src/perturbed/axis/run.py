@@ -140,7 +140,8 @@ def _read_effects(path: Path, cells: AxisCells) -> np.ndarray:
     try:
         table = pd.read_csv(path).set_index("gene_id")["effect"].astype(float)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: no table with gene_id and effect ({error})") from None
+        problem = f"{path}: no table with gene_id and effect ({error})"
+        raise DataError(f"{problem}; give the truth.csv of `perturbed census simulate`") from None
     effect = table.reindex(list(cells.decoder.genes)).fillna(0.0).to_numpy()
     if not (effect != 0).any():
         raise DataError(f"{path}: none of its genes with an effect is a gene of the model; is it of these cells?")

@@ -197,7 +197,7 @@ def check_controls(table: pd.DataFrame, labels: np.ndarray, keys: Keys, where: s
         shown = ", ".join(map(repr, pd.Series(labels).value_counts().index[:5]))
         raise DataError(
             f"{where}: no control cells: no label in obs[{keys.perturbation!r}] is one of keys.control "
-            f"{list(keys.control)}; the most frequent are {shown}"
+            f"{list(keys.control)}; the most frequent are {shown}; name the label of controls there"
         )
     contexts = table["context"].astype(str).to_numpy()
     lacking = sorted(set(contexts) - set(contexts[is_control]))

@@ -5,9 +5,7 @@ Everything is keyed by name (cells, genes, perturbations); nothing depends on th
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from perturbed.data.tables import read_table, write_table
 from perturbed.errors import DataError
-from perturbed.files import atomic, sha256_text, write_text
+from perturbed.files import atomic
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -111,45 +110,7 @@ def open_prepared(path: str | Path) -> AnnData:
     return adata
 
 
-# --- tables with a header -----------------------------------------------------------------------------------------
-
-
-def write_table(path: str | Path, table: pd.DataFrame, header: Mapping[str, Any]) -> str:
-    """Write a csv with `# key: json` header lines and the sha256 of its body; return that hash.
-
-    Numbers are written with 9 significant digits, so that equal tables are equal bytes.
-    """
-    body = table.to_csv(index=False, lineterminator="\n", float_format="%.9g")
-    digest = sha256_text(body)
-    lines = [f"# {key}: {json.dumps(value, sort_keys=True)}" for key, value in {**header, "sha256": digest}.items()]
-    write_text(path, "\n".join(lines) + "\n" + body)
-    return digest
-
-
-def read_table(path: str | Path, **read_csv: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read a csv of `write_table`: the table and its header, with the hash checked.
-
-    Raises
-    ------
-    DataError
-        If the file is missing, has no header, or its body was changed since it was written.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); make it with the stage before") from None
-    lines = text.splitlines(keepends=True)
-    n_header = next((i for i, line in enumerate(lines) if not line.startswith("# ")), len(lines))
-    try:
-        header = {key: json.loads(value) for key, value in (line[2:].split(": ", 1) for line in lines[:n_header])}
-    except ValueError:
-        raise DataError(
-            f"{path}: its header cannot be read; delete the file and rerun the stage that makes it"
-        ) from None
-    body = "".join(lines[n_header:])
-    if header.get("sha256") != sha256_text(body):
-        raise DataError(f"{path}: its sha256 does not match its content; delete it and rerun the stage that makes it")
-    return pd.read_csv(io.StringIO(body), keep_default_na=False, na_values=[""], **read_csv), header
+# --- splits and features --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -321,9 +282,17 @@ def read_prediction(path: str | Path) -> Prediction:
     cells = None
     if beside.is_file() and "meta" in adata.uns:
         sampled = read_h5ad(beside)
+        if {"perturbation", "context"} - set(sampled.obs) or not sampled.var_names.equals(adata.var_names):
+            raise DataError(
+                f"{beside}: not the sampled cells of {Path(path).name}; delete both and rerun the prediction"
+            )
         keys = sampled.obs["perturbation"].astype(str) + "|" + sampled.obs["context"].astype(str)
         positions = sampled.obs.groupby(keys.to_numpy(), sort=False).indices
-        cells = tuple(_dense(sampled.X[positions[f"{p}|{c}"]]) for p, c in zip(obs["perturbation"], obs["context"]))
+        wanted = [f"{p}|{c}" for p, c in zip(obs["perturbation"], obs["context"])]
+        absent = [key for key in wanted if key not in positions]
+        if absent:
+            raise DataError(f"{beside}: has no cells of {absent[0]!r}; delete it and {path}, and rerun the prediction")
+        cells = tuple(_dense(sampled.X[positions[key]]) for key in wanted)
     return Prediction(
         mean=_dense(adata.X),
         genes=tuple(adata.var_names.astype(str)),
@@ -347,10 +316,12 @@ def _check_prediction(adata: AnnData, path: str | Path) -> None:
     if keys.duplicated().any():
         raise DataError(f"{path}: {keys[keys.duplicated()].iloc[0]!r} is predicted twice; give one row each")
     if not adata.var_names.is_unique:
-        raise DataError(f"{path}: gene {adata.var_names[adata.var_names.duplicated()][0]!r} occurs twice")
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        raise DataError(f"{path}: gene {twice!r} occurs twice; name each once")
     finite = np.isfinite(_dense(adata.X)).all(axis=1)
     if not finite.all():
-        raise DataError(f"{path}: the prediction of {keys[~finite].iloc[0]!r} holds NaN or inf")
+        name = keys[~finite].iloc[0]
+        raise DataError(f"{path}: the prediction of {name!r} holds NaN or inf; leave that row out, or predict numbers")
 
 
 def write_scores(path: str | Path, scores: pd.DataFrame) -> None:
@@ -375,7 +346,10 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except Exception as error:
-        raise DataError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:120]})") from None
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(
+            f"{path}: not a readable parquet file ({reason}); delete it and rerun `perturbed evaluate`"
+        ) from None
     missing = set(SCORE_COLUMNS) - set(table.columns)
     if missing:
         raise DataError(f"{path}: column {sorted(missing)[0]!r} is missing; make the file with `perturbed evaluate`")

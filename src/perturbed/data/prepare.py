@@ -120,6 +120,8 @@ def prepare(raw_path: str | Path, card: Card, name: str) -> AnnData:
     no_gene = dropped_genes(adata.var_names, card.keys)
     values = _take_values(adata, card, where)
     del adata
+    if not len(obs):
+        raise DataError(f"{where}: holds no cell; delete it and fetch it anew, or correct the card's source")
     kept = ~dropped_cells(obs, card.keys, where)
     if not kept.any():
         raise DataError(f"{where}: keys.drop drops every cell; correct it in the card")

@@ -39,7 +39,9 @@ def read_gene_sets(path: str | Path, genes: Sequence[str], spec: ProgramSpec) ->
     try:
         text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as gene sets ({error}); it must be a GMT file") from None
+        raise DataError(
+            f"{path}: cannot be read as gene sets ({error}); it must be a GMT file, correct the path"
+        ) from None
     known, sets = set(genes), {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

@@ -16,8 +16,9 @@ import pandas as pd
 
 from perturbed.checkpoints import only_writer, remove_checkpoints
 from perturbed.config import parse
-from perturbed.data.contracts import read_header, read_split, write_prediction
+from perturbed.data.contracts import read_split, write_prediction
 from perturbed.data.ondisk import open_tables
+from perturbed.data.tables import read_header
 from perturbed.device import Device, choose_device
 from perturbed.distributed import ALONE, current, launch, refuse_alone, started_by_torchrun
 from perturbed.errors import LeakageError

@@ -138,7 +138,9 @@ def read_gmt(path: Path) -> list[GeneSet]:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as gene sets ({error}); it must be a GMT file") from None
+        raise DataError(
+            f"{path}: cannot be read as gene sets ({error}); it must be a GMT file, correct the path"
+        ) from None
     sets = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -151,7 +153,7 @@ def read_gmt(path: Path) -> list[GeneSet]:
         distinct = tuple(dict.fromkeys(genes))
         sets.append(GeneSet(fields[0], fields[1], distinct, len(genes) - len(distinct)))
     if not sets:
-        raise DataError(f"{path}: holds no gene set; it must be a GMT file")
+        raise DataError(f"{path}: holds no gene set; it must be a GMT file, correct the path")
     _refuse_repeated((one.name for one in sets), f"{path}: sets named twice", "make their names unique")
     return sets
 

@@ -137,6 +137,9 @@ def _read_table(path: Path) -> pd.DataFrame:
     missing = [name for name in COLUMNS if name not in table]
     if missing:
         raise DataError(f"{path}: lacks column {missing[0]!r}; make it with `perturbed score-genes`")
+    words = [name for name in numbers if not pd.api.types.is_numeric_dtype(table[name])]
+    if words:
+        raise DataError(f"{path}: column {words[0]!r} must hold numbers; make it with `perturbed score-genes`")
     kept = table["kept"].astype(str).str.lower()
     if not kept.isin(("true", "false")).all():
         raise DataError(f"{path}: column kept must hold true or false")
