@@ -291,5 +291,5 @@ def test_names_of_axis_cases_become_no_paths_or_commands() -> None:
     folders = {key: [str(ROOT / f"config/{name}")] for key, name in
                (("census_cards", "census"), ("model_cards", "models"), ("gene_set_cards", "gene_sets"))}  # fmt: skip
     for odd in ({"cells": "../x"}, {"model": "a;b"}, {"gene_sets": ["$(x)"]}, {"flows": [{"gene": "../x"}]}):
-        with pytest.raises(ConfigError, match="is no usable name|cannot name a file"):
+        with pytest.raises(ConfigError, match=r"is no usable name|cannot name a file"):
             Plan(base_config(axes={"a": {**case, **odd}}, **folders))

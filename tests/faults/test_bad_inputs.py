@@ -45,7 +45,7 @@ READ_BY = {
     "cells.h5ad": ("census model", "score-genes", "gradients", "gene-sets"),
     "islets.gmt": ("gene-sets",),
     "scvi/model.pt": ("score-genes", "gradients"),
-    "truth.csv": ("enrich",, "score-genes"),
+    "truth.csv": ("enrich", "score-genes"),
     "axis/rankings.csv": ("enrich", "axis draw"),
     "axis/gene_scores.csv": ("axis draw",),
     "sets.gmt": ("enrich", "judge"),
