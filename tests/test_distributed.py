@@ -20,7 +20,8 @@ from perturbed import distributed, training
 from perturbed.distributed import ALONE, Group, current, device_of, launch, started_by_torchrun
 from perturbed.errors import DataError, MethodError
 from perturbed.models.base import FitRun
-from perturbed.training import Random, Task, TrainingOptions, seeded_weights, train
+from perturbed.training import Random, Task, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 HERE = str(Path(__file__).parent)
 

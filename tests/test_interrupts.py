@@ -23,7 +23,8 @@ from perturbed.checkpoints import only_writer, previous_of, read_checkpoint, rem
 from perturbed.interrupts import Stopped, heed_signals, postponed
 from perturbed.models.base import FitRun
 from perturbed.models.discrepancy_vae_module import condition_batches
-from perturbed.training import History, Random, Task, TrainingOptions, seeded_weights, train
+from perturbed.training import History, Random, Task, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 
 class Terms(NamedTuple):

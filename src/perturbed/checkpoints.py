@@ -14,9 +14,15 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from perturbed.files import atomic
+import numpy as np
+
+from perturbed.config import Section
+from perturbed.files import atomic, sha256_text
+
+if TYPE_CHECKING:
+    from perturbed.models.base import TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -146,3 +152,21 @@ def _checksum(value: Any, start: int = 0) -> int:
             start = _checksum(item, start)
         return start
     return zlib.crc32(repr(value).encode(), start)
+
+
+def fingerprint(data: TrainingData, params: Section, seed: int) -> str:
+    """Hash of all that determines a fit: data, hyper-parameters, seed and the version of torch."""
+    matrix = data.X
+    if hasattr(matrix, "checksum"):  # on disk
+        checks = [matrix.checksum(), checksum(data.is_val)]
+    else:
+        import torch
+
+    checks = [checksum(array) for array in (matrix.data, matrix.indices, matrix.indptr, data.is_val)]
+    names = [sha256_text("\n".join(map(str, names))) for names in (data.perturbation, data.context, data.genes)]
+    return sha256_text(json.dumps([checks, names, params.model_dump_json(), seed, torch.__version__]))
+
+
+def checksum(array: np.ndarray) -> int:
+    """crc32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).data)

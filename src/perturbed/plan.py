@@ -298,7 +298,7 @@ class Plan:
         """Method names as figures show them."""
         return as_json({name: spec.title for name, spec in self.methods.items()})
 
-    def resolved(self) -> str:
+    def resolved(self, wildcards: Any = None) -> str:
         """The whole configuration with every default filled in."""
         return as_json(self.config.model_dump(mode="json"), sort=False)
 

@@ -11,29 +11,27 @@ import logging
 import math
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from scipy import sparse
 from torch import Tensor, nn
 
-from perturbed.checkpoints import read_checkpoint, write_checkpoint
-from perturbed.config import Section
+from perturbed.checkpoints import checksum, read_checkpoint, write_checkpoint
 from perturbed.distributed import ALONE, Group, current, refuse_alone
 from perturbed.errors import MethodError
 from perturbed.files import sha256_text
 from perturbed.interrupts import Stopped, postponed
 from perturbed.models.nn.mlp import MLP
 from perturbed.models.nn.schedules import fall_linearly
+from perturbed.training_options import TrainingOptions
 
 if TYPE_CHECKING:
-    from perturbed.models.base import FitRun, TrainingData
+    from perturbed.models.base import FitRun
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +39,6 @@ COMPILE_BACKEND = "inductor"
 """What `compile: true` compiles with."""
 CHECKPOINT_SECONDS = 20.0
 """A checkpoint is written after a step when the last one is older than this."""
-
-
-class TrainingOptions(Section):
-    """How a torch model is trained."""
-
-    lr: float = Field(1e-4, gt=0)
-    """Learning rate of Adam. Raise it for small data, which give few steps an epoch."""
-    lr_final: float = Field(1.0, ge=0, le=1)
-    """Share of `lr` left in the last epoch; it falls linearly. 1 keeps it constant; a small one averages out the
-    noise of the last steps, which is what a high `lr` on small data needs."""
-    batch_size: int = Field(64, ge=1)
-    """Cells per step. Larger batches train faster per cell, in fewer steps."""
-    epochs: int = Field(100, ge=1)
-    """Most passes over the training cells."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after so many steps, whatever the epochs; for data so large that one pass is much."""
-    patience: int | None = Field(None, ge=1)
-    """Stop when the validation loss has not fallen for so many epochs, and keep the best weights. Leave out to train
-    all epochs and keep the last weights; without validation cells it has no effect."""
-    min_epochs: int = Field(0, ge=0)
-    """Epochs before which `patience` stops nothing."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of all weights; raise it where the model overfits."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16` multiplies matrices in bfloat16 (autocast) and keeps weights, KL terms, solves and likelihoods in
-    float32: about twice as fast on GPUs since Ampere and on CPUs that have it in hardware, slower on others."""
-    compile: bool = False
-    """Compile the layers (`torch.compile`): half a minute before the first step, less time for each. Needs a C++
-    compiler, and on GPUs Triton; results agree with the uncompiled ones up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -164,21 +133,6 @@ def _compiled(module: nn.Module, wanted: bool) -> Iterator[None]:
 def dense_rows(matrix: sparse.csr_matrix, rows: np.ndarray, device: str = "cpu") -> Tensor:
     """Some rows of a CSR matrix as a dense float32 tensor."""
     return torch.from_numpy(np.asarray(matrix[rows].toarray(), dtype=np.float32)).to(device)
-
-
-def fingerprint(data: TrainingData, params: Section, seed: int) -> str:
-    """Hash of all that determines a fit: data, hyper-parameters, seed and the version of torch."""
-    matrix = data.X
-    if hasattr(matrix, "checksum"):  # on disk
-        checks = [matrix.checksum(), _checksum(data.is_val)]
-    else:
-        checks = [_checksum(array) for array in (matrix.data, matrix.indices, matrix.indptr, data.is_val)]
-    names = [sha256_text("\n".join(map(str, names))) for names in (data.perturbation, data.context, data.genes)]
-    return sha256_text(json.dumps([checks, names, params.model_dump_json(), seed, torch.__version__]))
-
-
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).data)
 
 
 class History(NamedTuple):
@@ -358,7 +312,7 @@ class _Loop:
     @property
     def _identity(self) -> str:
         shapes = {key: list(value.shape) for key, value in self.task.module.state_dict().items()}
-        split = [_checksum(rows) for rows in (self.task.train_rows, self.task.val_rows)]
+        split = [checksum(rows) for rows in (self.task.train_rows, self.task.val_rows)]
         options = self.options.model_dump(include=set(TrainingOptions.model_fields))
         device = torch.device(self.run.device).type  # generators of different devices have different states
         parts = [self.task.fingerprint, shapes, split, options, self.run.seed, device]

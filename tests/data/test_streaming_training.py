@@ -7,11 +7,11 @@ import pytest
 from scipy import sparse
 
 from data_world import make_fold, make_prepared
+from perturbed.checkpoints import fingerprint
 from perturbed.data import streaming
 from perturbed.data.streaming import StreamedMatrix
 from perturbed.models.inputs import load_training_data
 from perturbed.resident import ResidentCells
-from perturbed.training import fingerprint
 
 TINY = 1e-9
 

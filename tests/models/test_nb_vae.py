@@ -17,7 +17,7 @@ from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.nb_vae import NBVAE, Head, NBVAEParams, encoder_input, warm_up_exponentially
 from perturbed.models.nb_vae_module import Architecture, Batch, NBVAEModule
 from perturbed.models.nn.likelihoods import gather_counts
-from perturbed.training import TrainingOptions
+from perturbed.training_options import TrainingOptions
 
 GENES = tuple(f"G{i:02d}" for i in range(24))
 QUICK = {

@@ -17,7 +17,8 @@ from perturbed.checkpoints import previous_of
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun
 from perturbed.models.nn.mlp import build_mlp
-from perturbed.training import Random, Task, TrainingOptions, dense_rows, seeded_weights, train
+from perturbed.training import Random, Task, dense_rows, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 
 class Terms(NamedTuple):

@@ -96,7 +96,7 @@ rule resolve_config:
         mem_mb=plan.grow(1000),
         runtime=plan.grow(5),
     params:
-        config=plan.resolved(),
+        config=plan.resolved,  # a function: its text holds braces
     message:
         "Write the configuration with every default filled in"
     shell:

@@ -24,7 +24,8 @@ from perturbed.interpret.mechanism_rotation import (
 )
 from perturbed.models.base import FitRun
 from perturbed.models.nn.schedules import warm_up_linearly
-from perturbed.training import Random, Task, TrainingOptions, seeded_weights, train
+from perturbed.training import Random, Task, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 VAL_FRACTION = 0.1
 EDGE_THRESHOLD = 0.25

@@ -13,6 +13,7 @@ from pydantic import Field
 from scipy import sparse
 from torch import Tensor
 
+from perturbed.checkpoints import fingerprint
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.cells import PairedCells
@@ -28,7 +29,8 @@ from perturbed.models.discrepancy_vae_module import (
 from perturbed.models.from_control import CHUNK, FromControl
 from perturbed.models.nn.mmd import multiscale_bandwidths
 from perturbed.names import CONTROL
-from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
+from perturbed.training import Random, Task, dense_rows, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 
 class DiscrepancyVAEParams(TrainingOptions):

@@ -16,6 +16,7 @@ from pydantic import Field
 from scipy import sparse
 from torch import Tensor
 
+from perturbed.checkpoints import fingerprint
 from perturbed.config import Section
 from perturbed.errors import DataError, MethodError, UnseenPerturbationError, suggest
 from perturbed.files import sha256_text
@@ -23,7 +24,8 @@ from perturbed.models.base import FitRun, Method, TrainingData
 from perturbed.models.nb_vae_module import Architecture, Batch, HeadKind, LossTerms, NBVAEModule
 from perturbed.models.nn.likelihoods import gather_counts
 from perturbed.names import CONTROL, genes_of
-from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
+from perturbed.training import Random, Task, dense_rows, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 CHUNK = 2048
 

@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from perturbed.checkpoints import fingerprint
 from perturbed.config import Section
 from perturbed.data.streaming import take_rows
 from perturbed.errors import MethodError
@@ -20,7 +21,7 @@ from perturbed.models.from_control import CHUNK, FromControl
 from perturbed.models.nn.schedules import warm_up_linearly
 from perturbed.models.perturbedvae_module import Draws, LossTerms, PerturbedVAEModule
 from perturbed.models.perturbedvae_params import PerturbedVAEParams
-from perturbed.training import Random, Task, dense_rows, fingerprint, seeded_weights, train
+from perturbed.training import Random, Task, dense_rows, seeded_weights, train
 
 __all__ = ["PerturbedVAE", "PerturbedVAEParams"]
 

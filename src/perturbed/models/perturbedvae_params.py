@@ -8,7 +8,7 @@ from pydantic import Field
 
 from perturbed.models.partners import Partners
 from perturbed.models.perturbedvae_module import Architecture
-from perturbed.training import TrainingOptions
+from perturbed.training_options import TrainingOptions
 
 
 class PerturbedVAEParams(Architecture, TrainingOptions):

@@ -12,6 +12,7 @@ from pydantic import Field
 from scipy import sparse
 from torch import Tensor
 
+from perturbed.checkpoints import fingerprint
 from perturbed.config import Section
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun, TrainingData
@@ -20,7 +21,8 @@ from perturbed.models.from_control import CHUNK, FromControl
 from perturbed.models.nn.likelihoods import gather_counts
 from perturbed.models.nn.schedules import warm_up_linearly
 from perturbed.models.sparse_shift_module import LOG_SD_FLOOR, ShiftBatch, SparseShiftModule, SparseShiftTerms
-from perturbed.training import Random, Task, TrainingOptions, dense_rows, fingerprint, seeded_weights, train
+from perturbed.training import Random, Task, dense_rows, seeded_weights, train
+from perturbed.training_options import TrainingOptions
 
 
 class SparseShiftOptions(TrainingOptions):
