@@ -61,7 +61,8 @@ rule prepare:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=lambda wildcards, input, attempt: attempt * max(4000, 8 * int(input.size_mb)),
+        mem_mb=lambda wildcards, input, attempt: attempt
+        * max(4000, 8 * int(input.size_mb)),
         runtime=plan.grow(60),
     params:
         card=plan.card_slice("source", "keys", "prepare", "expect"),
