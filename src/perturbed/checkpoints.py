@@ -156,13 +156,13 @@ def _checksum(value: Any, start: int = 0) -> int:
 
 def fingerprint(data: TrainingData, params: Section, seed: int) -> str:
     """Hash of all that determines a fit: data, hyper-parameters, seed and the version of torch."""
+    import torch
+
     matrix = data.X
     if hasattr(matrix, "checksum"):  # on disk
         checks = [matrix.checksum(), checksum(data.is_val)]
     else:
-        import torch
-
-    checks = [checksum(array) for array in (matrix.data, matrix.indices, matrix.indptr, data.is_val)]
+        checks = [checksum(array) for array in (matrix.data, matrix.indices, matrix.indptr, data.is_val)]
     names = [sha256_text("\n".join(map(str, names))) for names in (data.perturbation, data.context, data.genes)]
     return sha256_text(json.dumps([checks, names, params.model_dump_json(), seed, torch.__version__]))
 
