@@ -26,14 +26,17 @@ from perturbed.cli_judge import judge
 from perturbed.cli_mirror import mirror
 from perturbed.cli_options import (
     CardOption,
+    DataDir,
     Dataset,
     FeatureFile,
     MemoryOption,
+    Mirror,
     Out,
     Prepared,
     Spec,
     SplitFile,
     Titles,
+    Unpinned,
     read_option,
     read_side_files,
 )
@@ -110,15 +113,9 @@ def fetch(
     dataset: Dataset,
     card: CardOption,
     out: Out,
-    data_dir: Annotated[Path, typer.Option(envvar="PERTURBED_DATA", help="Folder that keeps the downloads.")] = Path(
-        "data"
-    ),
-    mirror: Annotated[
-        str, typer.Option(envvar="PERTURBED_MIRROR", help="Folder looked in first, by name and hash.")
-    ] = "",
-    allow_unpinned: Annotated[
-        bool, typer.Option(envvar="PERTURBED_ALLOW_UNPINNED", help="Accept files whose hash nobody has pinned.")
-    ] = False,
+    data_dir: DataDir = Path("data"),
+    mirror: Mirror = "",
+    allow_unpinned: Unpinned = False,
 ) -> None:
     """Get a dataset's files, check size and hash, and write raw.h5ad with values untouched."""
     from perturbed.data.fetch import fetch as run

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from perturbed.cli_options import Out, read_option
+from perturbed.cli_options import DataDir, Mirror, Out, Unpinned, read_option
 from perturbed.config import Section, parse
 from perturbed.errors import ConfigError
 
@@ -16,11 +16,6 @@ census_app = typer.Typer(help="Cells of the CELLxGENE Census, and models trained
 CellsCard = Annotated[str, typer.Option("--card", help="Card of config/census: YAML or JSON text, or a file.")]
 ModelCardOption = Annotated[str, typer.Option("--card", help="Card of config/models: YAML or JSON text, or a file.")]
 Name = Annotated[str, typer.Option(help="Name of the card.")]
-DataDir = Annotated[Path, typer.Option(envvar="PERTURBED_DATA", help="Folder that keeps the downloads.")]
-Mirror = Annotated[str, typer.Option(envvar="PERTURBED_MIRROR", help="Folder looked in first, by name and hash.")]
-Unpinned = Annotated[
-    bool, typer.Option(envvar="PERTURBED_ALLOW_UNPINNED", help="Accept files whose hash nobody has pinned.")
-]
 _Card = TypeVar("_Card", bound=Section)
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perturbed.cli_options import Out, Spec, read_option
-from perturbed.errors import ConfigError
+from perturbed.cli_options import Out, Spec, read_libraries, read_option
 
 
 def judge(
@@ -27,20 +26,8 @@ def judge(
     from perturbed.provenance import recorded
 
     parsed = parse(JudgeSpec, read_option(spec, "--spec"), "--spec")
-    libraries = _read_libraries(gene_sets)
+    libraries = read_libraries(gene_sets)
     inputs = {"enrichment": enrichment / "enrichment.csv", "top": enrichment / "top.csv", "replay": parsed.replay}
     settings = {"judge": parsed.model_dump(mode="json"), "cache": None if cache is None else str(cache)}
     with recorded("judge", out, {**inputs, **libraries}, settings):
         judge_pathways(enrichment, libraries, parsed, out, cache=cache)
-
-
-def _read_libraries(items: list[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path) or name in found:
-            raise ConfigError(f"--gene-sets {item}: give NAME=PATH, each name once")
-        if not Path(path).is_file():
-            raise ConfigError(f"--gene-sets {item}: no such file; correct the path")
-        found[name] = Path(path)
-    return found

@@ -27,6 +27,12 @@ MemoryOption = Annotated[
 ]
 Titles = Annotated[str, typer.Option("--titles", help="Method titles as a mapping.")]
 
+DataDir = Annotated[Path, typer.Option(envvar="PERTURBED_DATA", help="Folder that keeps the downloads.")]
+Mirror = Annotated[str, typer.Option(envvar="PERTURBED_MIRROR", help="Folder looked in first, by name and hash.")]
+Unpinned = Annotated[
+    bool, typer.Option(envvar="PERTURBED_ALLOW_UNPINNED", help="Accept files whose hash nobody has pinned.")
+]
+
 
 def read_option(text: str, name: str) -> dict[str, Any]:
     """A mapping given as YAML or JSON text, or as the path of a YAML file."""
@@ -60,3 +66,24 @@ def read_side_files(items: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"--file {item}: no such file; correct the path, or the card's files.{role}")
         files[role] = Path(path)
     return files
+
+
+def read_libraries(items: Sequence[str]) -> dict[str, Path]:
+    """Libraries given as NAME=PATH.
+
+    Raises
+    ------
+    ConfigError
+        If an item is not of that form, a name comes twice, or a file does not exist.
+    """
+    libraries: dict[str, Path] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--gene-sets {item}: give NAME=PATH, such as wikipathways=sets.gmt")
+        if name in libraries:
+            raise ConfigError(f"--gene-sets {item}: the name {name!r} is given twice")
+        if not Path(path).is_file():
+            raise ConfigError(f"--gene-sets {item}: no such file; correct the path")
+        libraries[name] = Path(path)
+    return libraries

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from perturbed.cli_options import Out, Spec, read_option
-from perturbed.errors import ConfigError
+from perturbed.cli_options import DataDir, Mirror, Out, Spec, Unpinned, read_libraries, read_option
 
 GeneTable = Annotated[
     Path | None, typer.Option(help="The data's genes: an h5ad, or a csv with symbol and, for Ensembl ids, gene.")
@@ -21,15 +19,9 @@ def gene_sets(
     name: Annotated[str, typer.Option(help="Name of the library.")],
     out: Out,
     var_table: GeneTable = None,
-    data_dir: Annotated[Path, typer.Option(envvar="PERTURBED_DATA", help="Folder that keeps the downloads.")] = Path(
-        "data"
-    ),
-    mirror: Annotated[
-        str, typer.Option(envvar="PERTURBED_MIRROR", help="Folder looked in first, by name and hash.")
-    ] = "",
-    allow_unpinned: Annotated[
-        bool, typer.Option(envvar="PERTURBED_ALLOW_UNPINNED", help="Accept files whose hash nobody has pinned.")
-    ] = False,
+    data_dir: DataDir = Path("data"),
+    mirror: Mirror = "",
+    allow_unpinned: Unpinned = False,
 ) -> None:
     """Get a library of gene sets and write it with the data's symbols, and what was lost (STEM.mapping.csv)."""
     from perturbed.config import parse
@@ -69,22 +61,3 @@ def enrich(
     inputs, read = {"rankings": rankings, "genome": genome, **libraries}, [] if truth is None else [truth]
     with recorded("enrich", out, inputs, settings, read=read):
         write_enrichment(rankings, libraries, parsed, out, top=top, genome=genome, planted=named)
-
-
-def read_libraries(items: Sequence[str]) -> dict[str, Path]:
-    """Libraries given as NAME=PATH.
-
-    Raises
-    ------
-    ConfigError
-        If an item is not of that form, or a name comes twice.
-    """
-    libraries: dict[str, Path] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path):
-            raise ConfigError(f"--gene-sets {item}: give NAME=PATH, such as wikipathways=sets.gmt")
-        if name in libraries:
-            raise ConfigError(f"--gene-sets {item}: the name {name!r} is given twice")
-        libraries[name] = Path(path)
-    return libraries

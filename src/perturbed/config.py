@@ -7,6 +7,7 @@ from the models by `perturbed config --write`; a test fails when they drift.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -219,6 +220,22 @@ class StatisticsSpec(Section):
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
+
+
+def find_card(model: type[Model], what: str, name: str, folders: Sequence[str | Path]) -> Model:
+    """The file `NAME.yaml` of the first of `folders` that has it.
+
+    Raises
+    ------
+    ConfigError
+        If no folder has it (the line begins with `what`), or it is wrong.
+    """
+    for folder in folders:
+        path = Path(folder) / f"{name}.yaml"
+        if path.is_file():
+            return parse(model, read_yaml(path), str(path))
+    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
+    raise ConfigError(f"{what} for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")
 
 
 def parse(model: type[Model], value: Any, where: str) -> Model:

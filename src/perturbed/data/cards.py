@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from perturbed.config import Section, parse, read_yaml
-from perturbed.errors import ConfigError, suggest
+from perturbed.config import Section, find_card
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 
@@ -236,9 +235,4 @@ def load_card(name: str, folders: Sequence[str | Path]) -> Card:
     ConfigError
         If no folder has it, or it is wrong.
     """
-    for folder in folders:
-        path = Path(folder) / f"{name}.yaml"
-        if path.is_file():
-            return parse(Card, read_yaml(path), str(path))
-    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
-    raise ConfigError(f"dataset: no card for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")
+    return find_card(Card, "dataset: no card", name, folders)

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from perturbed.config import Section, parse, read_yaml
-from perturbed.errors import ConfigError, suggest
+from perturbed.config import Section, find_card
 
 Requirement = Literal["counts", "gene_names", "gene_sets", "gene_graph", "gene_embedding", "cell_embedding"]
 """What a method may need of a dataset beyond log-normalised cells with labels; `Card.provides` says what one offers."""
@@ -42,9 +41,4 @@ class MethodSpec(Section):
 
 def load_method_spec(name: str, folders: Sequence[str | Path]) -> MethodSpec:
     """The file of method `name` from the first of `folders` that has it."""
-    for folder in folders:
-        path = Path(folder) / f"{name}.yaml"
-        if path.is_file():
-            return parse(MethodSpec, read_yaml(path), str(path))
-    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
-    raise ConfigError(f"methods: no file for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")
+    return find_card(MethodSpec, "methods: no file", name, folders)

@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from perturbed.config import Names, Section, parse, read_yaml
+from perturbed.config import Names, Section, find_card
 from perturbed.data.cards import RemoteFile
-from perturbed.errors import ConfigError, suggest
 
 Background = Literal["model", "genome"]
 Test = Literal["ora", "rank", "gsea"]
@@ -136,12 +135,7 @@ def load_gene_set_card(name: str, folders: Sequence[str | Path]) -> GeneSetCard:
     ConfigError
         If no folder has it, or it is wrong.
     """
-    for folder in folders:
-        path = Path(folder) / f"{name}.yaml"
-        if path.is_file():
-            return parse(GeneSetCard, read_yaml(path), str(path))
-    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
-    raise ConfigError(f"gene sets: no card for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")
+    return find_card(GeneSetCard, "gene sets: no card", name, folders)
 
 
 class EnrichmentSpec(Section):

@@ -6,13 +6,12 @@ import datetime
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from perturbed.config import Names, Section, parse, read_yaml
+from perturbed.config import Names, Section, find_card
 from perturbed.data.cards import About, RemoteFile
-from perturbed.errors import ConfigError, suggest
 
 Organism = Literal["mus_musculus", "homo_sapiens"]
 GENE_IDS: dict[str, str] = {"mus_musculus": "ENSMUSG", "homo_sapiens": "ENSG"}
@@ -304,8 +303,6 @@ class ModelCard(Section):
 
 # --- loading ------------------------------------------------------------------------------------------------------
 
-_Card = TypeVar("_Card", CensusCard, ModelCard)
-
 
 def load_census_card(name: str, folders: Sequence[str | Path]) -> CensusCard:
     """The card of Census cells `name` from the first of `folders` that has it.
@@ -315,7 +312,7 @@ def load_census_card(name: str, folders: Sequence[str | Path]) -> CensusCard:
     ConfigError
         If no folder has it, or it is wrong.
     """
-    return _load(CensusCard, "census", name, folders)
+    return find_card(CensusCard, "census: no card", name, folders)
 
 
 def load_model_card(name: str, folders: Sequence[str | Path]) -> ModelCard:
@@ -326,16 +323,7 @@ def load_model_card(name: str, folders: Sequence[str | Path]) -> ModelCard:
     ConfigError
         If no folder has it, or it is wrong.
     """
-    return _load(ModelCard, "model", name, folders)
-
-
-def _load(model: type[_Card], what: str, name: str, folders: Sequence[str | Path]) -> _Card:
-    for folder in folders:
-        path = Path(folder) / f"{name}.yaml"
-        if path.is_file():
-            return parse(model, read_yaml(path), str(path))
-    known = [path.stem for folder in folders for path in Path(folder).glob("*.yaml")]
-    raise ConfigError(f"{what}: no card for {name!r} in {', '.join(map(str, folders))}; {suggest(name, known)}")
+    return find_card(ModelCard, "model: no card", name, folders)
 
 
 def check_gene_id(gene: str, organism: str) -> str | None:
