@@ -86,6 +86,7 @@ def model(
     data_dir: DataDir = Path("data"),
     mirror: Mirror = "",
     allow_unpinned: Unpinned = False,
+    device: Annotated[str, typer.Option(help="Where it is fitted: auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Fit a model to cells, or get a published or saved one: a folder with model.pt, checked to be readable."""
     from perturbed.data.census.model import fetch_model, fit_model
@@ -97,7 +98,7 @@ def model(
         if isinstance(parsed.model, FittedModel):
             if cells is None:
                 raise ConfigError(f"--cells: model.kind of {name} is 'fit', so cells.h5ad is needed")
-            fit_model(cells, parsed, out, name=name)
+            fit_model(cells, parsed, out, name=name, device=device)
         else:
             near = Path(mirror) if mirror else None
             unpinned = allow_unpinned

@@ -269,5 +269,13 @@ def test_the_verbs_run_record_themselves_and_repeat_to_the_byte(tmp_path: Path) 
 def test_libraries_are_given_as_name_and_path(item: str) -> None:
     with pytest.raises(ConfigError, match="give NAME=PATH"):
         read_libraries([item])
+
+
+def test_libraries_that_are_missing_or_named_twice_are_refused(tmp_path: Path) -> None:
+    sets = tmp_path / "sets.gmt"
+    with pytest.raises(ConfigError, match="no such file"):
+        read_libraries([f"a={sets}"])
+    sets.write_text("A\td\tg1\n")
+    assert read_libraries([f"a={sets}"]) == {"a": sets}
     with pytest.raises(ConfigError, match="given twice"):
-        read_libraries(["a=x", "a=y"])
+        read_libraries([f"a={sets}", f"a={sets}"])

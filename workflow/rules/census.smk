@@ -73,11 +73,12 @@ rule fit_census_model:
         gpu=0 if plan.config.device == "cpu" else 1,
     params:
         card=plan.axes.model_slice,
+        device=plan.config.device,
     message:
         "Fit {wildcards.decoder} to {wildcards.census}"
     shell:
         "perturbed census model --name {wildcards.decoder} --card {params.card:q} --cells {input.cells}"
-        " --out {output.model} 2>&1 | tee {log}"
+        " --device {params.device} --out {output.model} 2>&1 | tee {log}"
 
 
 rule fetch_census_model:

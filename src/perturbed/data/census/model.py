@@ -23,7 +23,7 @@ from perturbed.data.census.spec import (
     SavedModel,
 )
 from perturbed.data.contracts import read_h5ad
-from perturbed.device import one_process
+from perturbed.device import choose_device, one_process
 from perturbed.errors import DataError, MethodError
 from perturbed.files import atomic, hash_file, sha256_text, write_json
 
@@ -42,7 +42,9 @@ MIN_SHARE = 0.5
 # --- fitting ------------------------------------------------------------------------------------------------------
 
 
-def fit_model(cells: str | Path, card: ModelCard, out: str | Path, *, name: str = "model") -> None:
+def fit_model(
+    cells: str | Path, card: ModelCard, out: str | Path, *, name: str = "model", device: str = "auto"
+) -> None:
     """Fit SCVI to cells as the published models were fitted, and save it as they were.
 
     Parameters
@@ -56,19 +58,21 @@ def fit_model(cells: str | Path, card: ModelCard, out: str | Path, *, name: str 
         `model.json` with its hash and what made it.
     name
         Of the card, for messages.
+    device
+        `auto`, `cpu` or `cuda`.
 
     Raises
     ------
     DataError
         If no cell has enough genes, the cells hold no counts, or all cells of a batch had too few genes.
     MethodError
-        If training fails.
+        If training fails, or a GPU is asked for and there is none.
     """
     recipe = card.model
     assert isinstance(recipe, FittedModel)
     adata = _training_cells(read_h5ad(cells), recipe, str(cells))
     with atomic(out) as part:
-        _train(adata, recipe, part)
+        _train(adata, recipe, part, choose_device(device).name)
         _settle(part / MODEL, sha256_text(f"{hash_file(cells)} {recipe.model_dump_json()}"))
         made_by = {"card": name, "cells": hash_file(cells), "recipe": recipe.model_dump(mode="json")}
         _record(part, {"kind": "fit", **made_by, "n_cells": adata.n_obs})
@@ -106,7 +110,7 @@ def _variable_genes(adata: AnnData, n_top: int) -> np.ndarray:
     return np.asarray(table["highly_variable"], dtype=bool)
 
 
-def _train(adata: AnnData, recipe: FittedModel, out: Path) -> None:
+def _train(adata: AnnData, recipe: FittedModel, out: Path, device: str) -> None:
     import scvi
     import torch
 
@@ -128,7 +132,8 @@ def _train(adata: AnnData, recipe: FittedModel, out: Path) -> None:
             with one_process():
                 model.train(
                     max_epochs=recipe.epochs, batch_size=recipe.batch_size, train_size=recipe.train_share,
-                    accelerator="auto", devices=1, enable_progress_bar=False, logger=False, enable_checkpointing=False,
+                    accelerator="gpu" if device.startswith("cuda") else "cpu", devices=1,
+                    enable_progress_bar=False, logger=False, enable_checkpointing=False,
                     plan_kwargs={"lr": recipe.lr, "n_epochs_kl_warmup": recipe.kl_warmup or None},
                 )  # fmt: skip
             model.save(str(out), overwrite=True)
