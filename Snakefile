@@ -21,6 +21,7 @@ include: "workflow/rules/study_figures.smk"
 include: "workflow/rules/gradients.smk"
 include: "workflow/rules/census.smk"
 include: "workflow/rules/axes.smk"
+include: "workflow/rules/elsewhere.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from perturbed.answers import where_answered
 from perturbed.axis.spec import PAPER_B_AXIS
-from perturbed.axis_plan import where_answered
 from perturbed.config import read_yaml
 from perturbed.errors import ConfigError
 from perturbed.plan import Plan

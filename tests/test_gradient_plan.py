@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from perturbed.answers import where_answered
 from perturbed.config import read_yaml
 from perturbed.errors import ConfigError
-from perturbed.gradient_plan import slug, where_answered
+from perturbed.gradient_plan import slug
 from perturbed.plan import Plan
 
 ROOT = Path(__file__).parents[1]

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from perturbed.answers import where_answered
 from perturbed.config import read_yaml
 from perturbed.models.base import method_class
 from perturbed.models.spec import load_method_spec
 from perturbed.plan import Plan
-from perturbed.study_plan import spell_item, where_answered
+from perturbed.study_plan import spell_item
 
 ROOT = Path(__file__).parents[1]
 HERE = SimpleNamespace(dataset="simulation", split="zero_shot", fold="0", method="perturbedvae", seed="0")

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from perturbed.axis.spec import PAPER_B_AXIS, AxisCase
-from perturbed.config import read_yaml
 from perturbed.data.census.spec import CensusCard, FittedModel, ModelCard, SavedModel, load_census_card, load_model_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.pathways.spec import GeneSetCard, load_gene_set_card
@@ -300,10 +298,6 @@ class AxisPlan:
         """Items of the paper that no case of this config answers."""
         return [item for item in PAPER_B_AXIS if item not in self.answers]
 
-    def why_unanswered(self, item: str, folder: Path) -> Any:
-        """A function of wildcards that says where an item is answered; configs are read when it is asked for only."""
-        return lambda wildcards: where_answered(item, folder)
-
     def title(self, wildcards: Any) -> str:
         """A case's title."""
         return self.cases[wildcards.axis].title or wildcards.axis
@@ -328,15 +322,4 @@ _ANSWERED_BY = {
 """Kind of figure that answers an item; the others are flows."""
 
 
-def where_answered(item: str, folder: Path) -> str:
-    """One line on where an item that this config leaves out is answered, from the configs of a folder."""
-    files = []
-    for path in sorted(folder.glob("*.yaml")):
-        for case in (read_yaml(path).get("axes") or {}).values():
-            named = [*case.get("answers", ()), *(i for flow in case.get("flows", ()) for i in flow.get("answers", ()))]
-            if item in named:
-                files.append(f"--configfile {path}")
-    return f"no axis case of this config answers {item}; {' or '.join(files) or 'no config of ' + str(folder)} does"
-
-
-__all__ = ["AXIS_FIGURES", "PLANTED", "AxisPlan", "where_answered"]
+__all__ = ["AXIS_FIGURES", "PLANTED", "AxisPlan"]

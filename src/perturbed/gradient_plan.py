@@ -12,7 +12,6 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from perturbed.config import read_yaml
 from perturbed.errors import ConfigError, suggest
 from perturbed.gradients.spec import PAPER_B, GradientCase
 
@@ -243,10 +242,6 @@ class GradientPlan:
         """Items of the paper that no case of this config answers."""
         return [item for item in PAPER_B if item not in self.answers]
 
-    def why_unanswered(self, item: str, folder: Path) -> Any:
-        """A function of wildcards that says where an item is answered; configs are read when it is asked for only."""
-        return lambda wildcards: where_answered(item, folder)
-
 
 QUALITY = "paper_b_quality"
 
@@ -266,14 +261,4 @@ def _as_list(value: Iterable[str] | str) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def where_answered(item: str, folder: Path) -> str:
-    """One line on where an item that this config leaves out is answered, from the configs of a folder."""
-    files = []
-    for path in sorted(folder.glob("*.yaml")):
-        cases = (read_yaml(path).get("gradients") or {}).values()
-        if any(item in case.get("answers", ()) for case in cases):
-            files.append(f"--configfile {path}")
-    return f"no gradient case of this config answers {item}; {' or '.join(files) or 'no config of ' + str(folder)} does"
-
-
-__all__ = ["CASE_FIGURES", "GradientPlan", "masked_name", "slug", "where_answered"]
+__all__ = ["CASE_FIGURES", "GradientPlan", "masked_name", "slug"]

@@ -12,7 +12,6 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from perturbed.config import read_yaml
 from perturbed.errors import ConfigError, suggest
 from perturbed.study_config import (
     PAPER_A,
@@ -327,20 +326,6 @@ class StudyPlan:
         """Items of the paper that no study of this config answers."""
         return [item for item in (*PAPER_A, "identifiability") if item not in self.answers]
 
-    def why_unanswered(self, item: str, folder: Path) -> Any:
-        """A function of wildcards that says where an item is answered; configs are read when it is asked for only."""
-        return lambda wildcards: where_answered(item, folder)
-
-
-def where_answered(item: str, folder: Path) -> str:
-    """One line on where an item that this config leaves out is answered, from the configs of a folder."""
-    files = []
-    for path in sorted(folder.glob("*.yaml")):
-        studies = (read_yaml(path).get("studies") or {}).values()
-        if any(item in study.get("answers", ()) or item == study.get("kind") for study in studies):
-            files.append(f"--configfile {path}")
-    return f"no study of this config answers {item}; {' or '.join(files) or 'no config of ' + str(folder)} does"
-
 
 def spell_item(item: str) -> str:
     """`paper_a_table4` as a reader writes it: Table 4."""
@@ -366,4 +351,4 @@ def _metrics_of(study: Study) -> tuple[str, ...]:
     return getattr(study, "metrics", ())
 
 
-__all__ = ["SCORED", "StudyPlan", "methods_of", "spell_item", "splits_of", "where_answered"]
+__all__ = ["SCORED", "StudyPlan", "methods_of", "spell_item", "splits_of"]

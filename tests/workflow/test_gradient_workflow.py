@@ -43,4 +43,4 @@ def test_cases_plan_their_own_fits_and_figures(run):
 
 def test_an_item_that_is_not_answered_says_which_config_does(run):
     shown = run.snakemake("paper_b_cardiotoxin", check=False)
-    assert "no gradient case of this config answers paper_b_cardiotoxin" in shown and "paper_b.yaml" in shown
+    assert "nothing in this config answers paper_b_cardiotoxin" in shown and "paper_b.yaml" in shown

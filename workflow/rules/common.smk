@@ -4,6 +4,7 @@ from os import environ
 from os.path import relpath
 from pathlib import Path
 
+from perturbed.answers import explain
 from perturbed.axis_plan import AXIS_FIGURES
 from perturbed.gradient_plan import CASE_FIGURES
 from perturbed.jobs import print_longest

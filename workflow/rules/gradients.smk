@@ -134,23 +134,6 @@ for _item, _figure in plan.gradients.answers.items():
             f"{_item} is drawn"
 
 
-# A target of the paper that this configuration does not answer says which one does.
-for _item in plan.gradients.unanswered():
-
-    rule:
-        name:
-            _item
-        log:
-            plan.result(f"logs/{_item}.log"),
-        localrule: True
-        conda:
-            "../../envs/core.yaml"
-        params:
-            reason=plan.gradients.why_unanswered(_item, CONFIGS),
-        shell:
-            "echo perturbed: {params.reason:q} | tee {log} >&2; exit 1"
-
-
 rule gradients:
     input:
         plan.gradients.figures(),
