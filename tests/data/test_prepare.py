@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import anndata
@@ -356,18 +356,21 @@ def test_sums_by_blocks(small_blocks, seed):
         np.testing.assert_allclose(variance, values.var(0), rtol=1e-10)
 
 
-def test_rows_on_disk(tmp_path):
+def test_rows_on_disk(tmp_path, monkeypatch):
     adata = read_prepared(make_prepared(tmp_path))
     backed = open_prepared(tmp_path / "prepared.h5ad")
     rng = np.random.default_rng(0)
-    for n in (0, 1, 40, adata.n_obs):
+    for n, block in product((0, 1, 40, adata.n_obs), (50, 10**6)):
+        monkeypatch.setattr("perturbed.data.matrices._BLOCK", block)
         rows = np.sort(rng.choice(adata.n_obs, n, replace=False))
         assert (read_rows(backed.X, rows) != adata.X[rows]).nnz == 0
     backed.X.group.file.close()
 
 
-def test_only_the_rows_asked_for_are_read(tmp_path):
+@pytest.mark.parametrize(("gap", "read"), [(0, [0, 1, 5, 6, 7, 30]), (10**6, range(31))])
+def test_only_the_rows_asked_for_and_near_ones_are_read(tmp_path, monkeypatch, gap, read):
     path = make_prepared(tmp_path)
+    monkeypatch.setattr("perturbed.data.matrices._GAP", gap)
     rows = np.array([0, 1, 5, 6, 7, 30])
 
     class Spy:
@@ -377,6 +380,10 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
         def read_direct(self, out, source, place):
             self.seen += range(source.start, source.stop)
             self.dataset.read_direct(out, source, place)
+
+        def __getitem__(self, source):
+            self.seen += range(source.start, source.stop)
+            return self.dataset[source]
 
     class Matrix:
         format = "csr"
@@ -388,8 +395,9 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
 
     backed = open_prepared(path)
     matrix, indptr = Matrix(backed.X), backed.X.group["indptr"][:]
-    read_rows(matrix, rows)
-    expected = [i for row in rows for i in range(indptr[row], indptr[row + 1])]
+    found = read_rows(matrix, rows)
+    assert (found != read_prepared(path).X[rows]).nnz == 0
+    expected = [i for row in read for i in range(indptr[row], indptr[row + 1])]
     assert matrix.group["data"].seen == matrix.group["indices"].seen == expected
     backed.X.group.file.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from perturbed.errors import DataError
 
 _BLOCK = 4_000_000
 """Stored values handled at once; bounds every temporary array to a few times 32 MB."""
+_GAP = 16_384
+"""Values on disk that are sooner read and dropped than skipped: chunks are unpacked whole, and each request costs."""
 
 
 def row_blocks(matrix: sparse.csr_matrix, *, dense: bool = False) -> Iterator[slice]:
@@ -166,7 +168,7 @@ def find_values(matrix: sparse.csr_matrix, kind: str) -> tuple[int, tuple[int, i
 
 
 def read_rows(matrix: Any, rows: np.ndarray) -> sparse.csr_matrix:
-    """Some rows of a CSR matrix in memory or on disk; on disk, nothing but these rows is read.
+    """Some rows of a CSR matrix in memory or on disk; on disk, little but these rows is read.
 
     Parameters
     ----------
@@ -185,22 +187,28 @@ def read_rows(matrix: Any, rows: np.ndarray) -> sparse.csr_matrix:
     target = np.concatenate([[0], np.cumsum(lengths)])
     data = np.empty(target[-1], dtype=group["data"].dtype)
     indices = np.empty(target[-1], dtype=group["indices"].dtype)
-    for first, last in _runs(rows):
-        place = slice(int(target[first]), int(target[last + 1]))
-        source = slice(int(indptr[rows[first]]), int(indptr[rows[last] + 1]))
-        if source.stop > source.start:
-            group["data"].read_direct(data, source, place)
-            group["indices"].read_direct(indices, source, place)
+    for span in _neighbours(indptr[rows], indptr[rows + 1]):
+        place = slice(int(target[span.start]), int(target[span.stop]))
+        start, stop = int(indptr[rows[span.start]]), int(indptr[rows[span.stop - 1] + 1])
+        # Where each value lies in what is read at once.
+        shift = indptr[rows[span]] - start - (target[:-1][span] - place.start)
+        within = np.arange(place.stop - place.start) + np.repeat(shift, lengths[span])
+        for name, values in (("data", data), ("indices", indices)):
+            if stop - start == len(within) > 0:
+                group[name].read_direct(values, slice(start, stop), place)
+            elif len(within):
+                values[place] = group[name][start:stop][within]
     kind = indices.dtype if target[-1] <= np.iinfo(np.int32).max else np.int64
     return sparse.csr_matrix((data, indices, target.astype(kind)), shape=(len(rows), matrix.shape[1]))
 
 
-def _runs(rows: np.ndarray) -> Sequence[tuple[int, int]]:
-    """First and last place in `rows` of every run of consecutive positions."""
-    if not len(rows):
+def _neighbours(starts: np.ndarray, stops: np.ndarray) -> list[slice]:
+    """Rows that are read at once: few values lie between them, and together they are about a block at most."""
+    if not len(starts):
         return []
-    breaks = np.flatnonzero(np.diff(rows) != 1)
-    return list(zip([0, *(breaks + 1)], [*breaks, len(rows) - 1]))
+    far = starts[1:] - stops[:-1] > _GAP
+    breaks = np.flatnonzero(far | np.diff(starts // _BLOCK).astype(bool)) + 1
+    return [slice(int(first), int(last)) for first, last in zip([0, *breaks], [*breaks, len(starts)])]
 
 
 def _span(matrix: sparse.csr_matrix, rows: slice) -> slice:
