@@ -17,10 +17,12 @@ include: "workflow/rules/environments.smk"
 include: "workflow/rules/methods.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/studies.smk"
+include: "workflow/rules/identifiability.smk"
 include: "workflow/rules/study_figures.smk"
 include: "workflow/rules/gradients.smk"
 include: "workflow/rules/census.smk"
 include: "workflow/rules/axes.smk"
+include: "workflow/rules/axis_figures.smk"
 include: "workflow/rules/elsewhere.smk"
 include: "workflow/rules/report.smk"
 
@@ -38,14 +40,14 @@ localrules:
 rule all:
     default_target: True
     input:
-        rules.report.output.html,
+        plan.products(),
     message:
         "Everything that this configuration asks for"
 
 
 rule demo:
     input:
-        rules.report.output.html,
+        plan.products(),
     message:
         "The embedded default, end to end: what `make run` builds"
 

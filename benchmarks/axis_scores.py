@@ -3,7 +3,9 @@
 10,000 cells, 8,000 genes, 50 latents, two hidden layers of 128, 11,000 batches of which the cells hold 24 (one per
 donor); random weights, since weights do not change the time. `scores` makes the mean cosine and the gradient norm of
 every gene, `draws` adds 1,000 bootstrap draws of the donors and 1,000 permutations of their labels, each with an axis
-of its own, `literal` is the naive way: one backward pass for each gene and cell.
+of its own. `group` is what `perturbed score-genes` does for one group of cells: the same, once more before softmax (a
+second pass over the Jacobian), the other kinds of axes, halves of the donors and the mean expression. `literal` is the
+naive way: one backward pass for each gene and cell.
 
     python benchmarks/axis_scores.py [--threads 2] [--cells 10000]
 """
@@ -14,9 +16,11 @@ import argparse
 import resource
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from perturbed.axis.axes import (
@@ -28,9 +32,13 @@ from perturbed.axis.axes import (
     sum_donors,
     unit,
 )
+from perturbed.axis.cells import AxisCells
 from perturbed.axis.compact import CompactDecoder
+from perturbed.axis.groups import score_group
+from perturbed.axis.spec import POOLED, AxisCase
 from perturbed.axis.unit_gradients import score_along, sum_gradients
 from perturbed.decoders.scvi import SCVIDecoder
+from perturbed.gradients.spec import CellGroup
 
 SECONDS, MEMORY_MB = 20.0, 1024
 N_GENES, N_LATENT, N_HIDDEN, N_BATCH, N_DONORS = 8000, 50, 128, 11000, 24
@@ -55,6 +63,23 @@ def make_decoder() -> SCVIDecoder:
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def make_case(n_cells: int) -> AxisCase:
+    """A case without cell types that scores all cells, with the numbers of draws that are the default."""
+    arms = {key: CellGroup(column="disease", values=(key,)) for key in ("unperturbed", "perturbed")}
+    return AxisCase(cells="cells", model="model", groups=None, study=None, n_cells=n_cells, **arms)
+
+
+def as_cells(
+    decoder: CompactDecoder, z: np.ndarray, batch: np.ndarray, donor: np.ndarray, arm: np.ndarray
+) -> AxisCells:
+    """The cells as the verb reads them."""
+    donors = pd.DataFrame({"donor": np.arange(len(arm)), "study": "", "arm": arm})
+    n, genes = len(z), np.array(decoder.genes, dtype=object)
+    none, names = np.zeros(n, dtype=bool), np.arange(n).astype(str)
+    kind = np.full(n, POOLED, dtype=object)
+    return AxisCells(Path(), names, z, batch, arm[donor], donor, donors, kind, decoder, genes, None, none)
 
 
 def literal_seconds(decoder: CompactDecoder, z: np.ndarray, batch: np.ndarray) -> float:
@@ -103,6 +128,10 @@ def main() -> None:
     weights = Weights(*(np.hstack([w[k] for w in drawn]) for k in (0, 1)))
     both, cpu = run(weights, make_axes("means", sums, weights))
     print(f"  draws   {both:6.1f} s with 2,000 axes and weightings, {cpu:.1f} s of processor, {peak_mb():.0f} MiB")
+    start, cpu = time.perf_counter(), time.process_time()
+    score_group(as_cells(decoder, z, batch, donor, arm), POOLED, make_case(options.cells))
+    spent, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(f"  group   {spent:6.1f} s as the verb does it, {cpu:.1f} s of processor, {peak_mb():.0f} MiB")
     per_cell = literal_seconds(decoder, z, batch)
     print(f"  literal {per_cell * options.cells:6.0f} s would one backward pass per gene take")
 

@@ -33,7 +33,7 @@ from perturbed.evaluation.statistics import arrange, contrast
 from perturbed.models.base import FitRun, build
 from perturbed.models.inputs import load_training_data
 from perturbed.models.spec import load_method_spec
-from perturbed.names import CONTROL
+from perturbed.names import CONTROL, genes_of
 
 ROOT = Path(__file__).parents[1]
 METRICS = {"l2_delta": -1, "pearson_delta_pert": 1, "pearson_delta_ctrl": 1}
@@ -43,6 +43,7 @@ N_HALVINGS = 20
 WINNER = "shrunk_interaction"
 PLAIN: dict[str, Any] = {
     "saturation": 0.0,
+    "link_offset": 1.0,
     "n_noise_factors": 0,
     "noise_levels": (1.0,),
     "denoise_control": False,
@@ -55,7 +56,8 @@ RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
     "low rank + sparse": (WINNER, PLAIN),
     "+ control denoised": (WINNER, PLAIN | {"denoise_control": True}),
     "+ correlated noise": (WINNER, PLAIN | {"denoise_control": True, "n_noise_factors": 20}),
-    "+ noise levels": (WINNER, {"saturation": 0.0, "learn_interaction": False}),
+    "+ noise levels": (WINNER, {"saturation": 0.0, "link_offset": 1.0, "learn_interaction": False}),
+    "+ link": (WINNER, {"saturation": 0.0, "learn_interaction": False}),
     "+ sub-additive prior": (WINNER, {"learn_interaction": False}),
     WINNER: (WINNER, {}),
 }
@@ -196,9 +198,31 @@ def run_norman(folder: Path) -> Iterator[pd.DataFrame]:
     yield scores
 
 
+def noise_free_additive(screen: Screen) -> np.ndarray:
+    """L2 that the sum of noise-free singles would have on each double, estimated (n_doubles,).
+
+    The squared distance of the additive prediction from a double's mean, less what the sampling noise of both singles
+    and of control adds to it (the trace of each covariance over its number of cells); unbiased before the root.
+    """
+    prepared = read_prepared(screen.folder / "prepared.h5ad")
+    label = prepared.obs["perturbation"].to_numpy()
+    mean, noise = {}, {}
+    for name in np.unique(label):
+        cells = prepared.X[np.flatnonzero(label == name)].toarray().astype(np.float64)
+        mean[name], noise[name] = cells.mean(axis=0), cells.var(axis=0, ddof=1).sum() / len(cells)
+    squares = []
+    for name in (name for name in mean if len(genes_of(name)) == 2):
+        first, second = genes_of(name)
+        gap = mean[first] + mean[second] - mean[CONTROL] - mean[name]
+        squares.append(gap @ gap - noise[first] - noise[second] - noise[CONTROL])
+    return np.sqrt(np.maximum(squares, 0.0))
+
+
 def run_cells(folder: Path) -> Iterator[pd.DataFrame]:
-    """Norman with fewer training cells."""
+    """Norman with fewer training cells, beside an estimate of what noise-free singles would give."""
     screen = norman(folder)
+    reference = noise_free_additive(screen)
+    print(f"\nNorman, noise-free additive, estimated: L2 {reference.mean():.3f} over {len(reference)} doubles")
     for n in (5, 10, 20, 40):
         for name, fraction, folds in (("zero_shot", 0.0, 1), ("half", 0.5, 5)):
             split = zero_shot(train_cells=n, train_controls=n, train_fraction=fraction, folds=folds)

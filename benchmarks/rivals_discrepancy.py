@@ -4,7 +4,8 @@ The bare net encodes the control cells, decodes them twice (as they are and inte
 error and takes an Adam step in float32, with a fixed batch already in memory: no sampling, no densifying, no causal
 layer, no KL, no discrepancy.
 
-    python benchmarks/rivals_discrepancy.py [--threads 2] [--cells 10000] [--genes 5000] [--sets 400] [--seconds 8]
+    python benchmarks/rivals_discrepancy.py [--threads 2] [--batch 32 512] [--cells 10000] [--genes 5000] [--sets 400]
+                                            [--seconds 8]
 """
 
 from __future__ import annotations
@@ -26,30 +27,31 @@ from perturbed.models.nn.mlp import build_mlp
 from perturbed.models.sena import Sena
 from perturbed.training import Random
 
-BATCH = 32
 SHARE = 0.33
-CELLS_PER_SECOND = {"discrepancy-VAE": 2300.0}
-"""On two idle cores at 5,000 genes; the published code did 58."""
+CELLS_PER_SECOND = {("discrepancy-VAE", 32): 2300.0}
+"""By method and batch, on two idle cores at 5,000 genes; the published code did 58."""
 
 
-def bare_step(data: TrainingData, n_first: int) -> Callable[[], None]:
+def bare_step(data: TrainingData, n_first: int, batch: int) -> Callable[[], None]:
     """One step of the bare net; `n_first` units in the encoder's hidden layer."""
     n_genes = len(data.genes)
     encoder, heads = build_mlp((n_genes, n_first), last=True), nn.Linear(n_first, 210)
     decoder = build_mlp((105, 128, n_genes), last=True)
     optimiser = torch.optim.Adam([*encoder.parameters(), *heads.parameters(), *decoder.parameters()], fused=True)
-    x = torch.from_numpy(data.X[: 2 * BATCH].toarray())
+    x = torch.from_numpy(data.X[: 2 * batch].toarray())
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        latent = heads(encoder(x[BATCH:]))[:, :105]
+        latent = heads(encoder(x[batch:]))[:, :105]
         (decoder(torch.cat([latent, latent + 1])) - x).square().mean().backward()
         optimiser.step()
 
     return step
 
 
-def model_step(method: DiscrepancyVAE, data: TrainingData, mask: Tensor | None = None) -> Callable[[], None]:
+def model_step(
+    method: DiscrepancyVAE, data: TrainingData, batch: int, mask: Tensor | None = None
+) -> Callable[[], None]:
     """One step of a method as the training loop takes it, drawing and densifying included."""
     method._genes, method._perturbed = data.genes, data.seen_genes
     cells = PairedCells(data, data.seen_genes, ("all",))
@@ -63,7 +65,7 @@ def model_step(method: DiscrepancyVAE, data: TrainingData, mask: Tensor | None =
         nonlocal batches
         chosen = next(batches, None)
         if chosen is None:
-            batches = condition_batches(cells.condition, rows, BATCH, random.numpy)
+            batches = condition_batches(cells.condition, rows, batch, random.numpy)
             chosen = next(batches)
         optimiser.zero_grad(set_to_none=True)
         method._step(cells, chosen, random, 50).loss.backward()
@@ -72,7 +74,7 @@ def model_step(method: DiscrepancyVAE, data: TrainingData, mask: Tensor | None =
     return step
 
 
-def measure(steps: list[Callable[[], None]], seconds: float) -> list[float]:
+def measure(steps: list[Callable[[], None]], batch: int, seconds: float) -> list[float]:
     """Cells per second of each step, taking turns so that a busy machine slows all alike."""
     spent, done = [0.0] * len(steps), 0
     for step in steps:
@@ -83,34 +85,37 @@ def measure(steps: list[Callable[[], None]], seconds: float) -> list[float]:
             step()
             spent[i] += time.perf_counter() - start
         done += 1
-    return [done * BATCH / t for t in spent]
+    return [done * batch / t for t in spent]
 
 
-def compare(data: TrainingData, n_sets: int, seconds: float) -> dict[str, tuple[float, float]]:
+def compare(data: TrainingData, n_sets: int, batch: int, seconds: float) -> dict[str, tuple[float, float]]:
     """Cells per second of roofline and method, by method; the two take turns."""
     mask = (torch.rand(n_sets, len(data.genes), generator=torch.Generator().manual_seed(0)) < 0.02).float()
     steps = {
-        "discrepancy-VAE": (bare_step(data, 128), model_step(DiscrepancyVAE(), data)),
-        "SENA": (bare_step(data, n_sets), model_step(Sena(), data, mask)),
+        "discrepancy-VAE": (bare_step(data, 128, batch), model_step(DiscrepancyVAE(), data, batch)),
+        "SENA": (bare_step(data, n_sets, batch), model_step(Sena(), data, batch, mask)),
     }
-    return {name: tuple(measure(list(pair), seconds)) for name, pair in steps.items()}  # type: ignore[misc]
+    return {name: tuple(measure(list(pair), batch, seconds)) for name, pair in steps.items()}  # type: ignore[misc]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 512])
     parser.add_argument("--cells", type=int, default=10_000)
     parser.add_argument("--genes", type=int, default=5_000)
     parser.add_argument("--sets", type=int, default=400, help="gene sets of SENA")
     parser.add_argument("--seconds", type=float, default=8.0, help="time spent on each line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    data = make_cells(arguments.cells, arguments.genes)
-    print(f"{'training, batch 32, cells/s':34s}{'bare net':>10s}{'ours':>10s}{'share':>8s}{'target':>8s}")
-    for name, (bare, ours) in compare(data, arguments.sets, arguments.seconds).items():
-        print(f"{name:34s}{bare:10,.0f}{ours:10,.0f}{ours / bare:8.0%}{SHARE:8.0%}")
-        if name in CELLS_PER_SECOND:
-            print(f"{'  target on two idle cores':34s}{'':10s}{CELLS_PER_SECOND[name]:10,.0f}")
+    print(f"{'training, cells/s':34s}{'bare net':>10s}{'ours':>10s}{'share':>8s}{'target':>8s}")
+    for batch in arguments.batch:
+        n_singles = max(1, min(100, arguments.cells // (3 * batch)))  # a batch holds cells of one condition
+        data = make_cells(arguments.cells, arguments.genes, n_singles=n_singles)
+        for name, (bare, ours) in compare(data, arguments.sets, batch, arguments.seconds).items():
+            print(f"{f'{name}, batch {batch}':34s}{bare:10,.0f}{ours:10,.0f}{ours / bare:8.0%}{SHARE:8.0%}")
+            if (name, batch) in CELLS_PER_SECOND:
+                print(f"{'  target on two idle cores':34s}{'':10s}{CELLS_PER_SECOND[name, batch]:10,.0f}")
 
 
 if __name__ == "__main__":

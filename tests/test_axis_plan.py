@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,8 @@ def test_a_case_needs_no_dataset_of_the_benchmark():
     found = plan({"a": CASE})
     assert list(found.jobs()) == [] and found.table_folder() == []
     kinds = ["scores", "map", "umap", "pathways", "judge", "flow_Ins1_beta"]
-    assert found.figure_files() == [f"results/figures/axes/a/{kind}.svg" for kind in kinds]
+    files = [*(f"{kind}.svg" for kind in kinds[:-1]), "table.html", f"{kinds[-1]}.svg"]
+    assert found.figure_files() == [f"results/figures/axes/a/{file}" for file in files]
     with pytest.raises(ConfigError, match="name a dataset, or give `axes`"):
         plan({})
 
@@ -64,6 +66,18 @@ def test_real_cells_share_one_published_model():
     assert axes.kinds("b") == ["scores", "map", "umap"], "without gene sets there are no pathways to judge"
 
 
+def test_a_saved_model_goes_the_way_of_published_ones(tmp_path):
+    """So that it is checked against its card, with one line where it is missing."""
+    (tmp_path / "saved.yaml").write_text(f"model: {{kind: path, folder: {tmp_path}}}\n")
+    cards = {"model_cards": [str(tmp_path)], "dataset": [], "methods": [], "splits": {}}
+    axes = Plan({**cards, "axes": {"a": {**REAL, "model": "saved"}}}).axes
+    assert axes.fetched == ["saved"] and axes.fitted == []
+    assert axes.score_input(SimpleNamespace(axis="a"))["model"] == "data/models/saved"
+    assert axes.model_input(SimpleNamespace(decoder="saved")) == {}
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert axes.model_input(SimpleNamespace(decoder="saved")) == {"saved": f"{tmp_path}/model.pt"}
+
+
 def test_two_cases_can_share_one_fitted_model():
     matched = {
         **CASE,
@@ -83,6 +97,22 @@ def test_optional_cases_are_drawn_only_when_asked_for():
     assert any("/b/" in path for path in found.axes.targets())
 
 
+def test_kept_answers_are_an_input_of_the_judge_that_replays_them():
+    replay = {"provider": "replay", "replay": "kept/answers.jsonl", "model": "m"}
+    axes = plan({"a": {**CASE, "judge": replay}, "b": {**CASE, "answers": [], "flows": []}}).axes
+    assert axes.replay_input(SimpleNamespace(axis="a")) == ["kept/answers.jsonl"]
+    assert axes.replay_input(SimpleNamespace(axis="b")) == []
+
+
+def test_the_table_of_pathways_is_a_page_beside_the_papers_on_its_own_cells():
+    item = "paper_b_table_pathways"
+    axes = plan({"a": {**CASE, "answers": [item]}}).axes
+    assert axes.answers[item] == ["results/figures/axes/a/table.html"]
+    assert "--published" not in axes.draw_options("table")(SimpleNamespace(axis="a"))
+    real = plan({"a": {**REAL, "answers": [item], "gene_sets": ["wikipathways_mouse_20240810"]}}).axes
+    assert "--published config/published/" in real.draw_options("table")(SimpleNamespace(axis="a"))
+
+
 def test_figures_answer_items_of_the_paper():
     axes = plan({"a": CASE}).axes
     assert axes.answers == {
@@ -98,9 +128,20 @@ def test_every_item_of_the_paper_is_answered_by_the_shipped_configs():
         assert Plan(read_yaml(ROOT / f"config/{name}.yaml")).axes.unanswered() == []
 
 
+def test_published_cases_find_the_study_in_the_names_of_samples():
+    """Names as the atlas' authors make them; all studies are one dataset."""
+    cases = Plan(read_yaml(ROOT / "config/t2d_census.yaml")).axes.cases
+    samples = {"STZ__G1": "STZ", "VSG__MUC13639": "VSG", "NOD_elimination__SRR7610295": "NOD_elimination"}
+    for sample, study in samples.items():
+        for case in cases.values():
+            found = re.fullmatch(case.study.pattern, f"mouse_pancreatic_islet_atlas_Hrovatin__{sample}")
+            assert case.study.column == "donor_id" and found["study"] == study
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"study": {"column": "donor_id", "pattern": "("}}, "'(' is no regular expression"),
         ({"cells": "islets_simulatd"}, "no card for 'islets_simulatd'"),
         ({"model": "islets"}, "no card for 'islets'"),
         ({"gene_sets": ["wikipathway"]}, "gene sets: no card for 'wikipathway'"),

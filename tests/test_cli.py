@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("fetch", "mirror", "simulate", "prepare", "split", "features", "check-leakage", "fit", "predict", "evaluate",
-         "summarise", "figure", "config", "longest")  # fmt: skip
+VERBS = ("fetch", "fetch-file", "mirror", "simulate", "prepare", "split", "features", "check-leakage", "fit", "predict",
+         "evaluate", "summarise", "figure", "config", "longest", "report")  # fmt: skip
 FIT = ["fit", "--prepared", "a", "--split", "b", "--features", "c", "--method", "{}", "--out", "x"]
 STUDY_VERBS = ("tabulate", "probe", "programs", "identify", "map", "gather", "draw")
 

@@ -86,6 +86,15 @@ def test_asking_for_a_gpu_where_none_is_fails_in_one_line_before_any_data_is_rea
     assert done.output.count("\n") == 1
 
 
+def test_a_slurm_job_without_a_gpu_says_that_it_was_given_none(no_gpu, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with pytest.raises(MethodError, match="asked for but Slurm gave this job none"):
+        choose_device("cuda")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    with pytest.raises(MethodError, match="asked for but torch"):
+        choose_device("cuda")
+
+
 def test_variables_of_launchers_are_hidden_and_put_back(monkeypatch):
     for key, value in {**SLURM, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
         monkeypatch.setenv(key, value)

@@ -10,9 +10,11 @@ import pytest
 
 from perturbed.answers import where_answered
 from perturbed.config import read_yaml
-from perturbed.models.base import method_class
+from perturbed.evaluation.studies import read_published
+from perturbed.models.base import build, method_class
 from perturbed.models.spec import load_method_spec
 from perturbed.plan import Plan
+from perturbed.study_config import PAPER_A
 from perturbed.study_plan import spell_item
 
 ROOT = Path(__file__).parents[1]
@@ -128,8 +130,122 @@ def test_methods_that_cannot_run_are_left_out_by_name_where_they_were_wanted():
     for key in ("levels", "factor", "history"):
         del study[key]
     plan = Plan({**WITH_STUDY, "studies": {"counts": study}})
-    assert plan.left_out() == ["svae_plus is left out on norman2019_combo1000, which has no counts"]
+    reason = "needs counts; norman2019_combo1000 has none (keys.counts is null)"
+    assert plan.left_out() == [f"svae_plus is left out on norman2019_combo1000 (paper_a_table13): {reason}"]
     assert {job.method for job in plan.studies.jobs("counts")} == {"additive"}
+    assert plan.studies.spell_left_out(SimpleNamespace(study="counts")) == f"sVAE+ on norman2019_combo1000 ({reason})"
+
+
+def test_an_item_may_be_answered_by_several_studies():
+    both = {name: {**SWEEP, "title": name} for name in ("first", "second")}
+    plan = Plan({**WITH_STUDY, "studies": both})
+    assert plan.studies.answers["paper_a_table13"] == ["first", "second"]
+    assert len(plan.studies.figures(plan.studies.answers["paper_a_table13"])) == 2
+
+
+def test_a_variant_with_a_file_of_its_own_takes_part_once_the_file_is_there(tmp_path):
+    file = tmp_path / "{dataset}" / "uce.csv"
+    study = {
+        "kind": "probe",
+        "title": "t",
+        "dataset": "simulation",
+        "split": "zero_shot",
+        "methods": ["perturbedvae", "uce"],
+    }
+    config = {
+        "dataset": "simulation",
+        "methods": ["mean_effect"],
+        "variants": {"uce": {"method": "embedding_cells", "files": {"cell_embedding": str(file)}}},
+        "studies": {"probe": study},
+    }
+    there = str(file).replace("{dataset}", "simulation")
+    plan = Plan(config)
+    assert plan.left_out() == [
+        f"uce is left out on simulation (study probe): needs cell embedding; {there} is not there"
+    ]
+    assert plan.tabulate_capabilities().set_index("method").loc["uce", "reason"].endswith(f"{there} is not there")
+    Path(there).parent.mkdir()
+    Path(there).write_text("cell,d0\n")
+    plan = Plan(config)
+    assert plan.left_out() == []
+    assert plan.side.options(SimpleNamespace(dataset="simulation", method="uce")) == f"--file cell_embedding={there}"
+    assert plan.studies.model_input(SimpleNamespace(study="probe"))["files"] == [there]
+
+
+def test_gene_sets_by_their_card_and_a_graph_by_its_address_are_made_by_rules():
+    plan = Plan(read_yaml("config/paper.yaml"))
+    sena, gears = (SimpleNamespace(dataset="norman2019_paper", method=name) for name in ("sena", "gears"))
+    assert plan.side.input(sena) == ["data/norman2019_paper/gene_sets/go_bp_human.gmt"]
+    assert plan.side.input(gears) == ["data/norman2019_paper/gene_graph.csv"]
+    assert set(plan.side.libraries) == {"go_bp_human"}
+    assert plan.studies.truth_input(SimpleNamespace(study="programs"))["gene_sets"] == plan.side.input(sena)[0]
+    planted = SimpleNamespace(dataset="simulation", method="sena")
+    assert plan.side.input(planted) == ["data/simulation/gene_sets.gmt"]
+
+
+# --- the full-size config -----------------------------------------------------------------------------------------
+
+NEEDS_A_FILE = {"embedding", "embedding_cells", "uce", "scfoundation", "geneformer", "state"}
+"""Heads on embeddings that no address serves: users make the files, and the head takes part once they are there."""
+RIVALS = {
+    "paper_a_fig1": {"perturbedvae", "scvi_additive", "uce", "scfoundation", "geneformer", "state"},
+    "paper_a_fig10": {"perturbedvae"},
+    "paper_a_fig11": {"perturbedvae"},
+    "paper_a_table3": {"mean_effect"},
+    "paper_a_table4": {"svae_plus", "svae_plus_gaussian", "sams_vae", "sams_vae_gaussian", "additive"},
+    "paper_a_table10": {"additive"},
+    "paper_a_appendix_i": {"perturbedvae"},
+    **{f"paper_a_{item}": {"perturbedvae"} for item in ("fig5", "fig7", "fig8", "table8", "table9")},
+}
+"""Rivals of items beside those with a published number; the trivial ones are ours."""
+
+
+def planned_methods(plan: Plan, item: str) -> set[str]:
+    """Methods, and levels of sweeps, that the studies behind an item plan to fit."""
+    found = set()
+    for name in plan.studies.answers[item]:
+        study = plan.studies.studies[name]
+        found |= {job.method for job in plan.studies.jobs(name)} if study.kind != "identifiability" else set()
+        found |= {str(level) for level in getattr(study, "levels", {}).values()}
+    return found
+
+
+@pytest.mark.parametrize("item", PAPER_A)
+def test_the_full_size_config_plans_every_rival_of_the_paper(item):
+    plan = Plan(read_yaml("config/paper.yaml"))
+    published = read_published(Path("config/published/paper_a.csv"))
+    rows = published[published["item"] == item]
+    rivals = {*rows["method"], *RIVALS.get(item, ())}
+    assert rivals or item == "paper_a_table1", "no rival is known: name them in RIVALS"
+    missing = rivals - planned_methods(plan, item)
+    assert missing <= NEEDS_A_FILE
+    named = {method for name in plan.studies.answers[item] for method, _ in plan.studies.wanted(name)}
+    assert missing <= named
+    lines = [line for line in plan.left_out() if item in line]
+    assert {line.partition(" ")[0] for line in lines} & rivals == missing
+    splits = {split for name in plan.studies.answers[item] for _, split in plan.studies.pages(name)}
+    assert set(rows["split"]) <= splits
+
+
+def test_the_full_size_config_has_the_published_values():
+    """Defaults of the classes are the published ones, and the methods' files are for smaller screens."""
+    plan = Plan(read_yaml("config/paper.yaml"))
+    keys = ("n_latent", "n_hidden", "n_hidden_layers", "lr", "batch_size", "max_steps", "epochs", "patience")
+    for name in ("sams_vae", "sams_vae_gaussian", "svae_plus", "svae_plus_gaussian"):
+        spec = plan.methods[name]
+        published, ours = method_class(spec).Params(), build(spec).params
+        assert {key: getattr(ours, key) for key in keys} == {key: getattr(published, key) for key in keys}, name
+        assert (ours.n_latent, ours.n_hidden, ours.lr, ours.batch_size, ours.max_steps) == (200, 400, 3e-4, 512, 30_000)
+    for name, keys in (
+        ("discrepancy_vae", ("n_latent", "n_hidden", "mmd_weight", "kl_weight", "lr", "batch_size", "epochs")),
+        ("sena", ("mask_leak", "mmd_weight", "kl_weight", "temperature", "lr", "batch_size", "epochs")),
+    ):
+        spec = plan.methods[name]
+        published, ours = method_class(spec).Params(), build(spec).params
+        assert {key: getattr(ours, key) for key in keys} == {key: getattr(published, key) for key in keys}, name
+    assert plan.methods["gears"].params["epochs"] == 20
+    ours = build(plan.methods["perturbedvae"]).params
+    assert (ours.lr, ours.epochs, ours.batch_size, ours.alpha, ours.n_nu, ours.n_iota) == (1e-4, 100, 64, 0.05, 20, 85)
 
 
 def test_every_item_of_the_paper_is_answered_by_a_shipped_config():

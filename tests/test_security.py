@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -27,9 +28,13 @@ from perturbed.config import parse
 from perturbed.data import download as transfer
 from perturbed.data.archives import FREE_BYTES, extract_member
 from perturbed.data.cards import Card, RemoteFile
+from perturbed.data.census.spec import CensusCard
 from perturbed.data.download import Refused, check_address, download
 from perturbed.data.fetch import fetch_file
 from perturbed.errors import ConfigError, DataError, PerturbedError
+from perturbed.models.spec import MethodSpec
+from perturbed.pathways.judge_providers import JudgeError, OpenAIProvider, hider, read_key
+from perturbed.pathways.judge_spec import JudgeSpec
 from perturbed.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +192,32 @@ def test_a_redirect_to_a_file_of_this_machine_is_refused_in_tests_too(
     assert not (tmp_path / "data/f").exists()
 
 
+@pytest.mark.parametrize("host", ["example.com", "localhost.example.com", "0.0.0.0", "10.0.0.7:8000", "node12"])
+def test_a_key_travels_over_https_or_stays_on_this_machine(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"provider": "openai", "model": "m"}
+    for address in (f"http://{host}/v1", f"ftp://{host}/v1", f"file:///{host}"):
+        with pytest.raises(ConfigError, match=r"only https|whole address"):
+            parse(JudgeSpec, {**spec, "base_url": address}, "judge")
+    for address in (f"https://{host}/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:8000/v1"):
+        assert parse(JudgeSpec, {**spec, "base_url": address}, "judge").base_url == address
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{host}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    with pytest.raises(JudgeError, match=r"only https.*OPENAI_BASE_URL"):
+        OpenAIProvider(JudgeSpec(provider="openai", model="m"))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://example.com/soma", "tiledb://me/x", "ftp://h/x", "file:///data", "https://me:pw@h/x", "s3://b/x?sig=1"],
+)
+def test_a_census_store_is_a_folder_or_comes_over_https_or_s3(uri: str) -> None:
+    cells = {"kind": "query", "organism": "mus_musculus", "census_version": "2023-12-15"}
+    with pytest.raises(ConfigError, match=r"only https|without user, password"):
+        parse(CensusCard, {"cells": {**cells, "uri": uri}}, "card.yaml")
+    for fine in ("/data/soma", "soma", "s3://bucket/soma/", "https://example.com/soma"):
+        parse(CensusCard, {"cells": {**cells, "uri": fine}}, "card.yaml")
+
+
 # --- names that reach a shell -------------------------------------------------------------------------------------
 
 
@@ -244,6 +275,66 @@ def test_names_of_a_config_become_no_paths_or_commands(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", [*PERTURBED, "a b", ".", "a\n"])
+def test_a_methods_environment_is_a_word(name: str) -> None:
+    with pytest.raises(ConfigError, match="environment"):
+        parse(MethodSpec, {"title": "t", "implementation": "m:C", "environment": name}, "m.yaml")
+
+
+def test_methods_of_studies_and_cases_are_words_too(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "config/methods/additive.yaml", tmp_path / "a;touch harm.yaml")
+    study = {"kind": "comparison", "title": "t", "splits": ["zero_shot"], "metrics": ["rmse"]}
+    files = [str(tmp_path), str(ROOT / "config/methods")]
+    with pytest.raises(ConfigError, match="is no usable name"):
+        Plan(base_config(method_files=files, studies={"s": {**study, "methods": ["a;touch harm"]}}))
+
+
+UNQUOTED = {
+    "made by a rule: `results` or `data` (`test_folders_of_a_config_are_words`), plain names and words of ours": """
+        input.cells input.config input.enrichment input.features input.figures input.flows input.leakage input.model
+        input.parts input.prediction input.prepared input.raw input.scores input.split input.table input.tables
+        input.truth output.cells output.config output.details output.enrichment output.features output.gene_sets
+        output.history output.html output.judgement output.leakage output.model output.prediction output.prepared
+        output.raw output.scores output.sets output.split output.store output.table output.tables output.truth
+        params.cache params.checkpoint params.stem log""",
+    "plain names: `perturbed.config.check_plain`, or a number": """
+        wildcards.census wildcards.dataset wildcards.decoder wildcards.environment wildcards.fold wildcards.library
+        wildcards.method wildcards.seed wildcards.split""",
+    "options of a command, in which the plan has quoted what is not made by a rule": """
+        params.details params.files params.gene_sets params.history params.libraries params.models params.noise_free
+        params.options params.planted params.probe params.program params.published params.store params.truth""",
+    "a number, or one of a few words that a `Literal` or the rule itself lists": """
+        params.device params.figure params.kind params.memory_gb params.top params.verb threads""",
+}
+"""What may stand in a command without `:q`, and why. Look at where it comes from before you add to it."""
+
+
+def placeholders() -> dict[str, str]:
+    """What is filled into the commands of all rules, and the file of each."""
+    found = {}
+    for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]:
+        for shell in re.findall(r"^ *shell:\n((?: *[\"#].*\n)+)", path.read_text(), flags=re.MULTILINE):
+            found.update(dict.fromkeys(re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", shell), path.name))
+    return found
+
+
+def test_all_that_reaches_a_shell_is_quoted_or_known_to_be_plain() -> None:
+    found = placeholders()
+    known = {name for names in UNQUOTED.values() for name in names.split()}
+    bare = {name for name in found if not name.endswith(":q")}
+    assert len(found) > 60, "the commands are not found any more"
+    assert {name: found[name] for name in bare - known} == {}, "quote it with :q, or say in UNQUOTED why it is plain"
+    assert known - bare == set(), "no command holds these any more"
+
+
+def test_no_rule_has_a_command_beside_its_shell() -> None:
+    """Code in rules would start processes past the test above."""
+    for path in (ROOT / "workflow/rules").glob("*.smk"):
+        code = path.read_text()
+        assert not re.search(r"^\s*(run|script|notebook|wrapper):", code, flags=re.MULTILINE), path.name
+        assert len(re.findall(r"^\s*shell:$", code, flags=re.MULTILINE)) == code.count("shell:"), path.name
+
+
 # --- secrets ------------------------------------------------------------------------------------------------------
 
 
@@ -273,9 +364,18 @@ def test_side_files_are_words(tmp_path: Path) -> None:
     card = (ROOT / "tests/configs/cards/tiny.yaml").read_text() + 'files: {gene_sets: "a b; $(touch harm).gmt"}\n'
     (tmp_path / "odd.yaml").write_text(card)
     plan = Plan(base_config(dataset=["odd"], cards=[str(tmp_path)], methods=["no_change", "mean_effect", "sena"]))
-    options = plan.side_file_options(SimpleNamespace(dataset="odd", method="sena"))
+    options = plan.side.options(SimpleNamespace(dataset="odd", method="sena"))
     assert in_a_shell(options, tmp_path) == ["--file", "gene_sets=a b; $(touch harm).gmt"]
     assert harm_done(tmp_path) == []
+
+
+def test_a_key_too_short_to_be_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "abcdefg")
+    with pytest.raises(JudgeError, match=r"JUDGE_KEY holds is no key.*key_env: null") as error:
+        read_key("JUDGE_KEY")
+    assert "abcdefg" not in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setenv("JUDGE_KEY", "abcdefgh")
+    assert hider(read_key("JUDGE_KEY"))("a key: abcdefgh") == "a key: ***"
 
 
 def test_an_address_with_a_password_is_refused_without_telling_it() -> None:
@@ -290,6 +390,9 @@ def test_names_of_axis_cases_become_no_paths_or_commands() -> None:
     case = {"cells": "islets_simulated_demo", "model": "islets_simulated_demo", **arms}
     folders = {key: [str(ROOT / f"config/{name}")] for key, name in
                (("census_cards", "census"), ("model_cards", "models"), ("gene_set_cards", "gene_sets"))}  # fmt: skip
-    for odd in ({"cells": "../x"}, {"model": "a;b"}, {"gene_sets": ["$(x)"]}, {"flows": [{"gene": "../x"}]}):
+    for odd in (
+        {"cells": "../x"}, {"model": "a;b"}, {"model_cells": "a b;x"}, {"gene_sets": ["$(x)"]},
+        {"flows": [{"gene": "../x"}]},
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=r"is no usable name|cannot name a file"):
             Plan(base_config(axes={"a": {**case, **odd}}, **folders))

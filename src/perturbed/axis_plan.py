@@ -6,12 +6,13 @@ its cells come from a Census card, its decoder from a model card, its pathways f
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from perturbed.axis.spec import PAPER_B_AXIS, AxisCase
+from perturbed.config import check_plain
 from perturbed.data.census.spec import CensusCard, FittedModel, ModelCard, SavedModel, load_census_card, load_model_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.pathways.spec import GeneSetCard, load_gene_set_card
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 AXIS_FIGURES = ("scores", "map", "umap", "pathways", "judge")
 """Kinds of figure that every case has; flows are one for each gene it names."""
+TABLE = "table"
+"""The pathways as a page, in place of a figure."""
 PUBLISHED = "config/published/paper_b_pathways.csv"
 """The paper's pathways and verdicts."""
 PLANTED = "planted"
@@ -59,9 +62,9 @@ class AxisPlan:
     def _check_spelling(self) -> None:
         """Names become wildcards and folders, so they must be plain."""
         for name, case in self.cases.items():
-            for used in (case.cells, case.model, *case.gene_sets, *(flow.label for flow in case.flows)):
-                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", used):
-                    raise ConfigError(f"config: axes.{name}: {used!r} is no usable name; use letters, digits, _ and -")
+            cards = (case.cells, case.model_cells or case.cells, case.model, *case.gene_sets)
+            for used in (*cards, *(flow.label for flow in case.flows)):
+                check_plain(f"axes.{name}", used)
 
     def check(self) -> None:
         """Refuse names that do not exist, and two answers to one question.
@@ -96,8 +99,8 @@ class AxisPlan:
 
     @property
     def fetched(self) -> list[str]:
-        """Model cards that are published files."""
-        return [name for name, card in self.models.items() if card.model.kind == "published"]
+        """Model cards that name a file, published or on this machine."""
+        return [name for name, card in self.models.items() if not isinstance(card.model, FittedModel)]
 
     # --- paths ----------------------------------------------------------------------------------------------------
 
@@ -110,7 +113,7 @@ class AxisPlan:
         return self.census("models/{decoder}")
 
     def fetched_model(self) -> str:
-        """Pattern of a published model."""
+        """Pattern of a model that was fetched or saved, checked."""
         return f"{self.plan.config.data}/models/{{decoder}}"
 
     def library(self, suffix: str = "gmt") -> str:
@@ -136,14 +139,17 @@ class AxisPlan:
         """The option that names a store of our own."""
         return f"--store {input.store}" if wildcards.census in self.simulated else ""
 
+    def model_input(self, wildcards: Any) -> dict[str, str]:
+        """The file of a saved model; where it is missing, the stage tells it better than Snakemake."""
+        model = self.models[wildcards.decoder].model
+        file = Path(model.folder) / "model.pt" if isinstance(model, SavedModel) else None
+        return {"saved": str(file)} if file is not None and file.is_file() else {}
+
     def score_input(self, wildcards: Any) -> dict[str, str]:
         """Cells and model of a case, and the truth where the cells are simulated."""
         case = self.cases[wildcards.axis]
-        model = self.models[case.model].model
         found = {"cells": self.census("cells.h5ad").format(census=case.cells)}
-        if isinstance(model, SavedModel):
-            found["model"] = model.folder
-        elif case.model in self.fitted:
+        if case.model in self.fitted:
             found["model"] = self.fitted_model().format(census=case.model_cells or case.cells, decoder=case.model)
         else:
             found["model"] = self.fetched_model().format(decoder=case.model)
@@ -154,13 +160,8 @@ class AxisPlan:
         return found
 
     def score_options(self, wildcards: Any, input: Any) -> str:
-        """The truth of simulated cells, and the hash of a saved model that is trusted."""
-        model = self.models[self.cases[wildcards.axis].model].model
-        trusted = model.trust_sha256 if isinstance(model, SavedModel) else getattr(model, "file", None)
-        if trusted is not None and not isinstance(trusted, str):
-            trusted = trusted.sha256
-        options = [f"--truth {input.truth}"] if hasattr(input, "truth") else []
-        return " ".join([*options, *([f"--trust-sha256 {trusted}"] if trusted else [])])
+        """The truth of simulated cells."""
+        return f"--truth {input.truth}" if hasattr(input, "truth") else ""
 
     def libraries_of(self, name: str) -> dict[str, str]:
         """Gene sets of a case by library."""
@@ -189,9 +190,15 @@ class AxisPlan:
         """The same as an option, for telling hits from false alarms."""
         return f"--truth {input.truth}" if input.truth else ""
 
+    def replay_input(self, wildcards: Any) -> list[str]:
+        """The kept answers that a judge replays."""
+        replay = self.cases[wildcards.axis].judge.replay
+        return [] if replay is None else [replay]
+
     def drawn_from(self, kind: str) -> Any:
         """A function of wildcards that gives the folders a figure draws."""
-        folders = {"pathways": ("enrichment", "judgement"), "judge": ("judgement",)}.get(kind, ("tables",))
+        judged = ("enrichment", "judgement")
+        folders = {"pathways": judged, TABLE: judged, "judge": ("judgement",)}.get(kind, ("tables",))
         return lambda wildcards: {folder: self.file(folder).format(axis=wildcards.axis) for folder in folders}
 
     def draw_options(self, kind: str) -> Any:
@@ -202,7 +209,7 @@ class AxisPlan:
             named = [f"--{name} {path}" for name, path in folders.items()]
             if kind == "flow":
                 named.append(f"--flow {quote(wildcards.flow)}")
-            if kind == "pathways":
+            if kind in ("pathways", TABLE):
                 case = self.cases[wildcards.axis]
                 shown = "paper_b_table_pathways" in case.answers and case.cells not in self.simulated
                 named += [f"--level {case.enrichment.fdr}", *([f"--published {PUBLISHED}"] if shown else [])]
@@ -256,7 +263,7 @@ class AxisPlan:
     def kinds(self, name: str) -> list[str]:
         """Figures of one case; without gene sets there are no pathways."""
         case = self.cases[name]
-        common = AXIS_FIGURES if case.gene_sets else AXIS_FIGURES[:3]
+        common = (*AXIS_FIGURES, TABLE) if case.gene_sets else AXIS_FIGURES[:3]
         return [*common, *(f"flow_{flow.label}" for flow in case.flows)]
 
     @property
@@ -264,9 +271,13 @@ class AxisPlan:
         """Names of the flows of all cases."""
         return list(dict.fromkeys(flow.label for case in self.cases.values() for flow in case.flows))
 
-    def figures_of(self, name: str, suffix: str = "svg") -> list[str]:
+    def shown(self, name: str, kind: str) -> str:
+        """What the report shows of a kind of figure: a picture, or a page."""
+        return self.figure(kind, "html" if kind == TABLE else "svg").format(axis=name)
+
+    def figures_of(self, name: str) -> list[str]:
         """Every figure of a case."""
-        return [self.figure(kind, suffix).format(axis=name) for kind in self.kinds(name)]
+        return [self.shown(name, kind) for kind in self.kinds(name)]
 
     def figures(self, *, optional: bool = False) -> list[str]:
         """Figures of every case; optional cases only where asked for."""
@@ -288,10 +299,10 @@ class AxisPlan:
         found: dict[str, list[str]] = {}
         for name, case in self.cases.items():
             for item in case.answers:
-                found.setdefault(item, []).append(self.figure(_ANSWERED_BY[item], "svg").format(axis=name))
+                found.setdefault(item, []).append(self.shown(name, _ANSWERED_BY[item]))
             for flow in case.flows:
                 for item in flow.answers:
-                    found.setdefault(item, []).append(self.figure(f"flow_{flow.label}", "svg").format(axis=name))
+                    found.setdefault(item, []).append(self.shown(name, f"flow_{flow.label}"))
         return found
 
     def unanswered(self) -> list[str]:
@@ -316,7 +327,7 @@ _ANSWERED_BY = {
     "paper_b_islets": "map",
     "paper_b_census_umap": "umap",
     "paper_b_enrichment": "pathways",
-    "paper_b_table_pathways": "pathways",
+    "paper_b_table_pathways": TABLE,
     "paper_b_judge": "judge",
 }
 """Kind of figure that answers an item; the others are flows."""

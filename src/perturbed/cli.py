@@ -21,9 +21,9 @@ import typer.main
 from perturbed.cli_axis import axis_app, score_genes
 from perturbed.cli_census import census_app
 from perturbed.cli_gradients import flow_app, gradients
-from perturbed.cli_house import config, longest
+from perturbed.cli_house import config, longest, report
 from perturbed.cli_judge import judge
-from perturbed.cli_mirror import mirror
+from perturbed.cli_mirror import fetch_file, mirror
 from perturbed.cli_options import (
     CardOption,
     DataDir,
@@ -86,8 +86,10 @@ app.command("gene-sets")(gene_sets)
 app.command()(enrich)
 app.command()(judge)
 app.command()(mirror)
+app.command("fetch-file")(fetch_file)
 app.command()(config)
 app.command()(longest)
+app.command()(report)
 
 
 def _split_spec(text: str) -> Any:
@@ -144,7 +146,7 @@ def simulate(
     if not isinstance(parsed.source, SimulationSource):
         raise ConfigError(f"--card: source.kind of {dataset} is {parsed.source.kind!r}, not simulation; use `fetch`")
     settings = {"dataset": dataset, "card": parsed.model_dump(mode="json")}
-    with recorded("simulate", out, {}, settings, beside=[gene_sets]):
+    with recorded("simulate", out, {}, settings, beside=[truth, gene_sets]):
         write_simulation(parsed.source, dataset, out, truth, gene_sets)
 
 
@@ -265,7 +267,7 @@ def predict(
     from perturbed.provenance import recorded
 
     inputs, settings = {"prepared": prepared, "split": split}, {"model": str(model), "seed": seed}
-    with recorded("predict", out, inputs, settings, read=[model]):
+    with recorded("predict", out, inputs, settings, read=[model], beside=[out.with_name("cells.h5ad")]):
         predict_split(model, prepared, split, out, method=method, seed=seed, threads=threads)
 
 
@@ -347,13 +349,14 @@ def figure(
     """Draw a figure from tables: svg, png and the source data as csv."""
     from perturbed.config import StatisticsSpec, parse
     from perturbed.figures import FigureInputs, draw_figure
-    from perturbed.provenance import check_whole
+    from perturbed.provenance import recorded
 
     parsed = parse(StatisticsSpec, read_option(spec, "--spec"), "--spec")
-    check_whole(*([] if tables is None else [tables]), *(details or []))
-    inputs = FigureInputs.from_files(tables, details or [])
     titles_read = read_option(titles, "--titles")
-    draw_figure(name, inputs, out, dataset=dataset, split=split, spec=parsed, titles=titles_read)
+    settings = {"figure": name, "spec": parsed.model_dump(mode="json"), "titles": titles_read}
+    with recorded("figure", out, {"tables": tables}, settings, read=details or []):
+        inputs = FigureInputs.from_files(tables, details or [])
+        draw_figure(name, inputs, out, dataset=dataset, split=split, spec=parsed, titles=titles_read)
 
 
 def _end_quietly_after_hdf5() -> list[str]:

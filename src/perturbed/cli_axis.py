@@ -55,10 +55,10 @@ def draw(
 ) -> None:
     """Draw an axis case: svg, png and the source data as csv."""
     from perturbed.figures.axis import draw_axis_figure
-    from perturbed.provenance import check_whole
+    from perturbed.provenance import recorded
 
-    check_whole(tables)
-    draw_axis_figure(kind, tables, out, title=title, group=group, flows=flow or ())
+    with recorded("axis draw", out, {"tables": tables}, {"figure": kind, "title": title, "group": group}):
+        draw_axis_figure(kind, tables, out, title=title, group=group, flows=flow or ())
 
 
 @axis_app.command()
@@ -72,11 +72,30 @@ def pathways(
 ) -> None:
     """Draw the first pathways of every list: svg, png and the source data as csv."""
     from perturbed.figures.pathways import draw_pathways
+    from perturbed.provenance import recorded
+
+    verdicts = None if judgement is None else judgement / "verdicts.csv"
+    inputs = {"enrichment": enrichment, "judgement": judgement, "published": published}
+    with recorded("axis pathways", out, inputs, {"title": title, "level": level}):
+        draw_pathways(enrichment, verdicts, out, title, level=level, published=published)
+
+
+@axis_app.command()
+def table(
+    enrichment: Annotated[Path, typer.Option(help="Folder of `perturbed enrich`.")],
+    out: Annotated[Path, typer.Option("--out", help="Path without suffix; .csv and .html are written.")],
+    judgement: Annotated[Path | None, typer.Option(help="Folder of `perturbed judge`.")] = None,
+    published: Annotated[Path | None, typer.Option(help="csv of the paper's pathways, shown beside ours.")] = None,
+    level: Annotated[float, typer.Option(help="False discovery rate that counts as significant.")] = 0.05,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "",
+) -> None:
+    """Write the first pathways of every list as a table: csv, and html to read."""
+    from perturbed.figures.pathway_table import write_pathway_table
     from perturbed.provenance import check_whole
 
     check_whole(enrichment, *([] if judgement is None else [judgement]))
     verdicts = None if judgement is None else judgement / "verdicts.csv"
-    draw_pathways(enrichment, verdicts, out, title, level=level, published=published)
+    write_pathway_table(enrichment, verdicts, out, title, level=level, published=published)
 
 
 @axis_app.command()
@@ -87,7 +106,7 @@ def judge(
 ) -> None:
     """Draw what the judge said: svg, png and the source data as csv."""
     from perturbed.figures.judge import draw_judge_figure
-    from perturbed.provenance import check_whole
+    from perturbed.provenance import recorded
 
-    check_whole(judgement)
-    draw_judge_figure(judgement, out, title)
+    with recorded("axis judge", out, {"judgement": judgement}, {"title": title}):
+        draw_judge_figure(judgement, out, title)

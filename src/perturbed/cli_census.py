@@ -43,7 +43,7 @@ def simulate(
     parsed = _parse(CensusCard, card)
     if not isinstance(parsed.cells, SimulationCells):
         raise ConfigError(f"--card: cells.kind of {name} is {parsed.cells.kind!r}, not simulation; use `query`")
-    with recorded("census simulate", truth, {}, _settings(name, parsed), beside=[gene_sets]):
+    with recorded("census simulate", truth, {}, _settings(name, parsed), beside=[store, gene_sets]):
         write_simulation(parsed.cells, name, store, truth, gene_sets)
 
 
@@ -58,7 +58,7 @@ def query(
     allow_unpinned: Unpinned = False,
 ) -> None:
     """Get cells with raw counts and their batch: cells.h5ad, from a release, a store or a frozen file."""
-    from perturbed.data.census.frozen import find_file, read_frozen
+    from perturbed.data.census.frozen import find_file, find_symbols, read_frozen
     from perturbed.data.census.query import query_cells
     from perturbed.data.census.spec import CensusCard, H5adCells, MinifiedCells
     from perturbed.data.mirror import copy_slice
@@ -66,13 +66,14 @@ def query(
 
     parsed = _parse(CensusCard, card)
     settings = {**_settings(name, parsed), "store": None if store is None else str(store)}
-    with recorded("census query", out, {}, settings):
+    with recorded("census query", out, {}, settings, read=[] if store is None else [store]):
         if isinstance(parsed.cells, H5adCells | MinifiedCells):
             if store is not None:
                 raise ConfigError(f"--store: cells.kind of {name} is {parsed.cells.kind!r}, which is read from a file")
             near = Path(mirror) if mirror else None
             file = find_file(parsed.cells, name, data_dir=data_dir, mirror=near, allow_unpinned=allow_unpinned)
-            read_frozen(parsed, name, file, out)
+            symbols = find_symbols(parsed.cells, name, data_dir=data_dir, mirror=near, allow_unpinned=allow_unpinned)
+            read_frozen(parsed, name, file, out, symbols)
         elif not (mirror and copy_slice(parsed, name, out, mirror)):
             query_cells(parsed, name, out, store=store)
 

@@ -65,10 +65,10 @@ def draw(
 ) -> None:
     """Draw a case: svg, png and the source data as csv."""
     from perturbed.figures.gradients import draw_case_figure
-    from perturbed.provenance import check_whole
+    from perturbed.provenance import recorded
 
-    check_whole(tables)
-    draw_case_figure(kind, tables, out, title)
+    with recorded("flow draw", out, {"tables": tables}, {"figure": kind, "title": title}):
+        draw_case_figure(kind, tables, out, title)
 
 
 @flow_app.command()
@@ -79,10 +79,11 @@ def quality(
 ) -> None:
     """Draw how good the decoders of all cases are, as a table."""
     from perturbed.figures.gradients import draw_quality_figure
-    from perturbed.provenance import check_whole
+    from perturbed.provenance import recorded
 
-    check_whole(*tables)
-    draw_quality_figure(tables, out, read_option(titles, "--titles"))
+    named = read_option(titles, "--titles")
+    with recorded("flow quality", out, {}, {"titles": named}, read=tables):
+        draw_quality_figure(tables, out, named)
 
 
 def gradients(

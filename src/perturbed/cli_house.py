@@ -1,7 +1,10 @@
-"""`perturbed config` and `perturbed longest`: the configuration, and where the time of a run went."""
+"""`perturbed config`, `report` and `longest`: the configuration, the report, and where the time of a run went."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,7 @@ import typer
 import yaml
 
 from perturbed.cli_options import read_option
+from perturbed.errors import PerturbedError
 
 
 def config(
@@ -19,6 +23,7 @@ def config(
     """Check and resolve a configuration, or write its schema and the generated reference pages."""
     from perturbed.files import write_text
     from perturbed.plan import Plan
+    from perturbed.provenance import recorded
     from perturbed.reference import write_reference
 
     if write:
@@ -26,7 +31,28 @@ def config(
             typer.echo(path)
     if resolve is not None:
         resolved = Plan(read_option(resolve, "--resolve")).config.model_dump(mode="json")
-        write_text(out, yaml.safe_dump(resolved, sort_keys=False))
+        with recorded("config", out, {}, {}):
+            write_text(out, yaml.safe_dump(resolved, sort_keys=False))
+
+
+def report(
+    figures: Annotated[list[Path], typer.Argument(help="Figures (svg) that the run has made.")],
+    snakefile: Annotated[Path, typer.Option(help="The Snakefile of the run.")],
+    config: Annotated[Path, typer.Option(help="The run's configuration.")],
+    out: Annotated[Path, typer.Option("--out", help="report.html to write.")],
+) -> None:
+    """Assemble Snakemake's own report of figures that are made: one html file. Run it where the run was started."""
+    from perturbed.files import atomic
+    from perturbed.provenance import recorded
+
+    with recorded("report", out, {"config": config}, {}, read=figures), atomic(out) as part:
+        # It reads, so it needs no lock, which the very run that asks for it holds.
+        call: list[str | Path] = [sys.executable, "-m", "snakemake", "--snakefile", snakefile, "--configfile", config]
+        # The order of figures in it is that of a set: fixed, so that equal runs have equal reports but for times.
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run([*call, "--nolock", "--report", part, "--", *figures], env=environment)
+        if done.returncode != 0 or not part.is_file():
+            raise PerturbedError(f"{out}: Snakemake made no report; what it says stands above")
 
 
 def longest(

@@ -1,4 +1,4 @@
-"""The verb `perturbed mirror`."""
+"""The verbs `perturbed mirror` and `perturbed fetch-file`: what a run gets from elsewhere beside its cells."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from perturbed.cli_options import DataDir, Mirror, Out, Unpinned, read_option
 
 
 def mirror(
@@ -24,3 +26,27 @@ def mirror(
     from perturbed.plan import Plan
 
     mirror_run(Plan(read_yaml(config)), out, allow_unpinned=allow_unpinned, progress=progress)
+
+
+def fetch_file(
+    file: Annotated[str, typer.Option("--file", help="The file as a card names it: YAML or JSON text, or a file.")],
+    out: Out,
+    data_dir: DataDir = Path("data"),
+    mirror: Mirror = "",
+    allow_unpinned: Unpinned = False,
+) -> None:
+    """Get one file that a card names beside the cells, such as a graph of genes, checked against size and hash."""
+    import shutil
+
+    from perturbed.config import parse
+    from perturbed.data import fetch
+    from perturbed.data.cards import RemoteFile
+    from perturbed.files import atomic
+    from perturbed.provenance import recorded
+
+    wanted, near = parse(RemoteFile, read_option(file, "--file"), "--file"), Path(mirror) if mirror else None
+    with recorded("fetch-file", out, {}, {"file": wanted.model_dump(mode="json")}):
+        folder = data_dir / "downloads"
+        path = fetch.fetch_file(wanted, folder, mirror=near, allow_unpinned=allow_unpinned, progress=False)
+        with atomic(out) as part:
+            shutil.copyfile(path, part)

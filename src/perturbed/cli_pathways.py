@@ -33,7 +33,8 @@ def gene_sets(
     access = Access(data_dir, Path(mirror) if mirror else None, allow_unpinned)
     settings = {"name": name, "card": parsed.model_dump(mode="json")}
     read = [parsed.source.path] if isinstance(parsed.source, GeneSetPath) else []
-    with recorded("gene-sets", out, {"var_table": var_table}, settings, read=read) as record:
+    beside = [out.with_name(f"{out.stem}.mapping.csv")]
+    with recorded("gene-sets", out, {"var_table": var_table}, settings, read=read, beside=beside) as record:
         record["sorted_sha256"] = write_gene_sets(parsed, name, out, access=access, var_table=var_table)
 
 

@@ -162,7 +162,8 @@ def draw(
 ) -> None:
     """Draw a study's figure: svg, png and the source data as csv."""
     from perturbed.figures import draw_study
-    from perturbed.provenance import check_whole
+    from perturbed.provenance import recorded
 
-    check_whole(table)
-    draw_study(table, _study(spec), out, read_option(titles, "--titles"))
+    study, named = _study(spec), read_option(titles, "--titles")
+    with recorded("study draw", out, {"table": table}, {"study": study.model_dump(mode="json"), "titles": named}):
+        draw_study(table, study, out, named)

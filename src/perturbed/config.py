@@ -7,6 +7,7 @@ from the models by `perturbed config --write`; a test fails when they drift.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -32,6 +33,8 @@ def as_tuple(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+"""A name that becomes a folder, a wildcard and a word of a command."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -220,6 +223,18 @@ class StatisticsSpec(Section):
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
+
+
+def check_plain(key: str, name: str) -> None:
+    """Refuse a name that could not stand in a path or a command as it is.
+
+    Raises
+    ------
+    ConfigError
+        Names the key.
+    """
+    if not re.fullmatch(PLAIN_NAME, name):
+        raise ConfigError(f"config: {key}: {name!r} is no usable name; use letters, digits, _ and -")
 
 
 def find_card(model: type[Model], what: str, name: str, folders: Sequence[str | Path]) -> Model:

@@ -45,9 +45,11 @@ def choose_device(wanted: str) -> Device:
         import torch
 
         return Device(name, f"{'found' if wanted == 'auto' else 'asked for'}: {torch.cuda.get_device_name(name)}")
-    if wanted != "auto":
-        raise MethodError(f"device: {wanted} was asked for but {lacking}; use `device: auto` or cpu")
     given = next((key for key in GIVEN if os.environ.get(key)), None)
+    if wanted != "auto":
+        if given is None and "SLURM_JOB_ID" in os.environ:
+            lacking = f"Slurm gave this job none ({lacking})"
+        raise MethodError(f"device: {wanted} was asked for but {lacking}; use `device: auto` or cpu")
     if given is not None:
         log.warning("device: training on the CPU, though the scheduler gave a GPU (%s): %s", given, lacking)
     return Device("cpu", lacking)

@@ -107,7 +107,7 @@ class GradientPlan:
                 raise ConfigError(f"{where}.split: no split {case.split!r}; {suggest(case.split, config.splits)}")
             if not self.plan.allows(case.dataset, case.split):
                 raise ConfigError(f"{where}.split: {case.split!r} is not meant for {case.dataset}; see its `datasets`")
-            lacking = self.plan.lacks(case.method, case.dataset)
+            lacking = self.plan.side.lacks(case.method, case.dataset)
             if lacking:
                 raise ConfigError(f"{where}.method: {case.method} needs {lacking[0]}, which {case.dataset} lacks")
             for item in case.answers:

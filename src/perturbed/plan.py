@@ -7,7 +7,6 @@ exactly the slice it uses, as JSON, so that one changed key reruns only what dep
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,16 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from perturbed.axis_plan import AxisPlan
+from perturbed.config import check_plain
 from perturbed.data.cards import Card, SimulationSource, load_card
 from perturbed.errors import ConfigError, suggest
 from perturbed.gradient_plan import GradientPlan
 from perturbed.models.spec import MethodSpec, load_method_spec
+from perturbed.provenance import DRAWN
+from perturbed.resource_plan import ResourcePlan, grow
 from perturbed.run_config import RunConfig, features_of, load_config
-from perturbed.study_plan import Job, StudyPlan, methods_of
+from perturbed.side_plan import SidePlan
+from perturbed.study_plan import Job, StudyPlan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,13 +53,17 @@ class Plan:
         If a key, dataset, method or metric is unknown or a value is wrong; always one line.
     """
 
+    grow = staticmethod(grow)
+
     def __init__(self, config: dict[str, Any]) -> None:
         self.config: RunConfig = load_config(config)
         self._check_spelling()
         self.cards: dict[str, Card] = {name: load_card(name, self.config.cards) for name in self.config.dataset}
+        self.side = SidePlan(self)
         self.studies = StudyPlan(self)
         self.gradients = GradientPlan(self)
         self.axes = AxisPlan(self)
+        self.resources = ResourcePlan(self)
         self._scored = tuple(dict.fromkeys([*self.config.methods, *self.studies.methods]))
         wanted = dict.fromkeys([*self._scored, *self.gradients.methods])
         self.methods: dict[str, MethodSpec] = {name: self._method(name) for name in wanted}
@@ -67,13 +74,15 @@ class Plan:
         self.axes.check()
 
     def _method(self, name: str) -> MethodSpec:
+        check_plain("methods", name)  # studies and cases name methods, too
         variant = self.config.variants.get(name)
         base = name if variant is None else variant.method
         spec = load_method_spec(base, self.config.method_files)
         params = {**spec.params, **self.config.method_params.get(base, {})}
         if variant is None:
             return spec.model_copy(update={"params": params})
-        return spec.model_copy(update={"params": {**params, **variant.params}, "title": variant.title or name})
+        changed = {"params": {**params, **variant.params}, "files": {**spec.files, **variant.files}}
+        return spec.model_copy(update={**changed, "title": variant.title or name})
 
     def _check_spelling(self) -> None:
         """Names become wildcards and folders, so they must be plain."""
@@ -83,8 +92,7 @@ class Plan:
         named |= {"gradients": config.gradients, "axes": config.axes}
         for key, names in named.items():
             for name in names:
-                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                    raise ConfigError(f"config: {key}: {name!r} is no usable name; use letters, digits, _ and -")
+                check_plain(key, name)
 
     def _check_names(self) -> None:
         from perturbed.evaluation.registry import METRICS
@@ -157,10 +165,11 @@ class Plan:
             job
             for name in config.dataset
             for key in config.splits
-            for job in self.cell(name, key, self._methods_of(key))
+            for job in self.cell(name, key, self.methods_of(key))
         )
 
-    def _methods_of(self, split: str) -> list[str]:
+    def methods_of(self, split: str) -> list[str]:
+        """Methods of the benchmark that a split is meant for."""
         only = self.config.splits[split].methods
         return [method for method in self.config.methods if only is None or method in only]
 
@@ -168,7 +177,7 @@ class Plan:
         """Fits of these methods on one dataset and split, without those that cannot run there."""
         for fold in range(self.config.splits[split].n_folds if self.allows(dataset, split) else 0):
             for method in methods:
-                if not self.lacks(method, dataset):
+                if not self.side.lacks(method, dataset):
                     for seed in self.seeds(method):
                         yield Job(dataset, split, fold, method, seed)
 
@@ -187,23 +196,9 @@ class Plan:
         variant = self.config.variants.get(method)
         return method if variant is None or method in self.config.method_seeds else variant.method
 
-    def lacks(self, method: str, dataset: str) -> list[str]:
-        """What the method requires and the dataset does not offer; empty where it runs."""
-        offered = self.cards[dataset].provides
-        return [need for need in self.methods[method].requires if need not in offered]
-
     def left_out(self) -> list[str]:
-        """One line for each method of the run that cannot run on one of its datasets, with the reason."""
-        pages = [(name, split) for name in self.config.dataset for split in self.config.splits]
-        wanted = [(page, method) for page in pages if self.allows(*page) for method in self._methods_of(page[1])]
-        for study, spec in self.config.studies.items():
-            wanted += [(page, method) for page in self.studies.pages(study) for method in methods_of(spec)]
-        lacking = {(method, dataset): self.lacks(method, dataset) for (dataset, _), method in wanted}
-        return [
-            f"{method} is left out on {dataset}, which has no {', no '.join(missing)}"
-            for (method, dataset), missing in lacking.items()
-            if missing
-        ] + self.gradients.left_out
+        """One line for each method or case of the run that cannot run on one of its datasets, with the reason."""
+        return [*self.side.left_out(), *self.gradients.left_out]
 
     def tabulate_capabilities(self) -> pd.DataFrame:
         """Which method runs on which dataset, and what is missing where it does not."""
@@ -262,6 +257,11 @@ class Plan:
         of_arms = [*self.gradients.figures(), *self.axes.figures()]
         return [*run, *of_splits, *self.studies.figures(self.config.studies), *of_arms]
 
+    def products(self) -> list[str]:
+        """What a run is for: report, tables and figures. All are asked for, so that a missing one is made again."""
+        figures = [str(Path(svg).with_suffix(kind)) for svg in self.figure_files() for kind in DRAWN]
+        return [self.result("report.html"), *self.table_folder(), self.result("config.yaml"), *figures]
+
     def table_folder(self) -> list[str]:
         """The tables of the benchmark, which a run of gradient cases alone does not have."""
         return [self.result("tables")] if self._jobs else []
@@ -302,49 +302,20 @@ class Plan:
         """The whole configuration with every default filled in."""
         return as_json(self.config.model_dump(mode="json"), sort=False)
 
-    def capability_slice(self) -> str:
+    def capability_slice(self, wildcards: Any = None) -> str:
         """The part of the configuration that says which method can run on which data."""
-        keys = {"dataset", "variants", "statistics", "cards", "method_files"}
+        keys = {"dataset", "variants", "statistics", "cards", "method_files", "gene_set_cards"}
         return as_json({**self.config.model_dump(mode="json", include=keys), "methods": list(self._scored)})
-
-    def resource(self, name: str) -> Any:
-        """A function of wildcards that gives a resource of the method, more of it at every attempt."""
-        return lambda wildcards, attempt: attempt * getattr(self.methods[wildcards.method], name)
-
-    @staticmethod
-    def grow(amount: int) -> Callable[[Any, int], int]:
-        """Grow a resource: this much, and as much again at every further attempt (`retries` of a profile)."""
-        return lambda wildcards, attempt: attempt * amount
-
-    def gpus(self, wildcards: Any) -> int:
-        """GPUs of a fit: one for a method that wants one, unless the run is told to stay on the CPU."""
-        return int(self.methods[wildcards.method].resources == "gpu" and self.config.device != "cpu")
 
     def program(self, wildcards: Any) -> str:
         """The command that fits and predicts: that of the method's own environment, where it has one."""
         environment = self.methods[wildcards.method].environment
-        return f".envs/{environment}/bin/perturbed" if environment else "perturbed"
+        return quote(f".envs/{environment}/bin/perturbed" if environment else "perturbed")
 
     def environment_input(self, wildcards: Any) -> list[str]:
         """The stamp of the method's own environment."""
         environment = self.methods[wildcards.method].environment
         return [f".envs/{environment}/.ready"] if environment else []
-
-    def side_files(self, wildcards: Any) -> dict[str, str]:
-        """The side files that the method requires, by role."""
-        card = self.cards[wildcards.dataset]
-        found = {role: path for role, path in card.files if path is not None}
-        if wildcards.dataset in self.simulated:
-            found.setdefault("gene_sets", self.data("gene_sets.gmt").format(dataset=wildcards.dataset))
-        return {role: found[role] for role in self.methods[wildcards.method].requires if role in found}
-
-    def side_file_input(self, wildcards: Any) -> list[str]:
-        """Paths of the side files."""
-        return list(self.side_files(wildcards).values())
-
-    def side_file_options(self, wildcards: Any) -> str:
-        """The same as options of `perturbed fit`."""
-        return " ".join(f"--file {role}={quote(path)}" for role, path in self.side_files(wildcards).items())
 
     # --- inputs that depend on the wildcards ----------------------------------------------------------------------
 
@@ -378,8 +349,8 @@ class Plan:
         return " ".join(f"--details {path}" for path in input.details)
 
     def stem(self, wildcards: Any, output: Any) -> str:
-        """A figure's path without suffix."""
-        return str(Path(output.svg).with_suffix(""))
+        """The path without suffix of a figure, or of what else is shown."""
+        return str(Path(output[0]).with_suffix(""))
 
 
 def read_plan(config: dict[str, Any]) -> Plan:

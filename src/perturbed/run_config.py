@@ -21,6 +21,7 @@ from perturbed.config import (
     parse,
 )
 from perturbed.gradients.spec import GradientCase
+from perturbed.models.spec import Role
 from perturbed.study_config import Study
 
 NamesOrNone = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
@@ -53,6 +54,9 @@ class Variant(Section):
     """The method's file."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Hyper-parameters that differ from the file, and from `method_params` of that method."""
+    files: dict[Role, str] = Field(default_factory=dict)
+    """Side files of the variant's own, by what they hold, in place of the dataset's, such as `cell_embedding:
+    "embeddings/{dataset}/uce.h5ad"`; `{dataset}` is filled in. Without the file the variant is left out by name."""
     title: str | None = None
     """Name in tables and figures; else the variant's name."""
 
@@ -93,6 +97,9 @@ class RunConfig(Section):
     """Where the torch models train; `auto` takes a GPU where there is one."""
     threads: int = Field(1, ge=1)
     """Threads of one training job."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Training cells that take more GB than this are read from disk while a method that can do so trains. It takes them
+    in another order then, so this is the config's and not the machine's; `null`: half of the method's own `mem_mb`."""
     results: Folder = "results"
     """Folder of everything that is computed. Give each config its own."""
     data: Folder = "data"

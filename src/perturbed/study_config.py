@@ -29,7 +29,8 @@ class _Study(Section):
     title: str
     """Title of the figure."""
     answers: tuple[str, ...] = ()
-    """Items of a paper that the study answers, such as `paper_a_table4`; each becomes a target of that name."""
+    """Items of a paper that the study answers, such as `paper_a_table4`; each becomes a target of that name, which
+    draws every study that answers it."""
 
 
 class _Scored(_Study):

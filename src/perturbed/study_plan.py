@@ -93,7 +93,7 @@ class StudyPlan:
     # --- checks ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse names that do not exist, and two answers to one question.
+        """Refuse names that do not exist.
 
         Raises
         ------
@@ -117,13 +117,6 @@ class StudyPlan:
                 raise ConfigError(
                     f"{where}: no dataset, split and method of it go together; see `requires` and `datasets`"
                 )
-        answered: dict[str, str] = {}
-        for name, study in self.studies.items():
-            for item in study.answers:
-                if answered.setdefault(item, name) != name:
-                    raise ConfigError(
-                        f"config: studies.{name}.answers: {item!r} is answered by {answered[item]!r} already"
-                    )
 
     def _check_names(self, key: str, names: Iterable[str], kind: str) -> None:
         from perturbed.evaluation.registry import METRICS
@@ -161,6 +154,11 @@ class StudyPlan:
         datasets = _datasets_of(self.studies[name]) or self.plan.config.dataset
         pairs = [(dataset, split) for dataset in datasets for split in splits_of(self.studies[name])]
         return [pair for pair in pairs if self.plan.allows(*pair)]
+
+    def wanted(self, name: str) -> list[tuple[str, str]]:
+        """Methods with the datasets on which the study wants them, whether they run there or not."""
+        datasets = dict.fromkeys(dataset for dataset, _ in self.pages(name))
+        return [(method, dataset) for dataset in datasets for method in methods_of(self.studies[name])]
 
     def _floor_jobs(self, name: str) -> Iterator[Job]:
         floors = [method for method in FLOORS if method in self.plan.methods]
@@ -231,19 +229,19 @@ class StudyPlan:
         found = {
             key: pattern.format(dataset=first.dataset, split=first.split, fold=0) for key, pattern in files.items()
         }
-        return {**found, "models": [self.plan.fit("model").format(**vars(job)) for job in jobs]}
+        # a method that looks cells up reads its side file again
+        files = dict.fromkeys(path for job in jobs for path in self.plan.side.input(job))
+        models = [self.plan.fit("model").format(**vars(job)) for job in jobs]
+        return {**found, "files": list(files), "models": models}
 
     def truth_input(self, wildcards: Any) -> dict[str, Any]:
         """The same for programs, with gene sets and planted truth where the dataset has them."""
         dataset = self.jobs(wildcards.study)[0].dataset
         files = self.model_input(wildcards)
-        card = self.plan.cards[dataset]
         if dataset in self.plan.simulated:
             files["truth"] = self.plan.data("truth.h5ad").format(dataset=dataset)
-            files["gene_sets"] = self.plan.data("gene_sets.gmt").format(dataset=dataset)
-        if card.files.gene_sets is not None:
-            files["gene_sets"] = card.files.gene_sets
-        return files
+        gene_sets = self.plan.side.path("gene_sets", dataset)
+        return files if gene_sets is None else {**files, "gene_sets": gene_sets}
 
     def named_models(self, wildcards: Any, input: Any) -> str:
         """Models as options, each as METHOD@SEED=PATH; the path ends in METHOD/seedSEED/model."""
@@ -314,10 +312,23 @@ class StudyPlan:
         """Items of the paper that the study answers, for readers."""
         return ", ".join(map(spell_item, self.studies[wildcards.study].answers)) or "none of the paper's"
 
+    def spell_targets(self, name: str) -> list[str]:
+        """Targets that a study belongs to; its own name where it answers nothing."""
+        return list(self.studies[name].answers) or [f"study {name}"]
+
+    def spell_left_out(self, wildcards: Any) -> str:
+        """Methods that the study wants and that cannot run, with the reasons, for readers; empty where all run."""
+        reasons = ((*pair, self.plan.side.explain(*pair)) for pair in self.wanted(wildcards.study))
+        titles = self.plan.methods
+        return "; ".join(f"{titles[m].title} on {dataset} ({reason})" for m, dataset, reason in reasons if reason)
+
     @property
     def answers(self) -> dict[str, list[str]]:
-        """Studies by target: the items of the papers, and the kinds that are targets themselves."""
-        targets = {item: [name] for name, study in self.studies.items() for item in study.answers}
+        """Studies by target, one or several: the items of the papers, and the kinds that are targets themselves."""
+        targets: dict[str, list[str]] = {}
+        for name, study in self.studies.items():
+            for item in dict.fromkeys(study.answers):
+                targets.setdefault(item, []).append(name)
         if self.of_kind("identifiability"):
             targets["identifiability"] = self.of_kind("identifiability")
         return targets

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 COMPILE_BACKEND = "inductor"
 """What `compile: true` compiles with."""
-CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SECONDS = float(os.environ.get("PERTURBED_CHECKPOINT_SECONDS", "20"))
 """A checkpoint is written after a step when the last one is older than this."""
 
 
@@ -148,9 +149,9 @@ def train(task: Task, options: TrainingOptions, run: FitRun) -> History:
     """Train `task.module` in place with Adam.
 
     Resumes from `run.checkpoint` where that holds a checkpoint of the same task; the outcome is then the same, to the
-    byte, as without the interruption, and `run.history` is called for the epochs before it, too. A signal to stop is
-    answered after the step at hand, with a checkpoint. The checkpoint is left for the caller to remove
-    (`checkpoints.remove_checkpoints`) once the model is saved.
+    byte, as without the interruption, and `run.history` is called for the epochs before it, too. From a checkpoint of
+    another kind of device it goes on with new draws and says so in `run.notes`. A signal to stop is answered after the
+    step at hand, with a checkpoint. The caller removes it (`checkpoints.remove_checkpoints`) once the model is saved.
 
     Raises
     ------
@@ -314,8 +315,7 @@ class _Loop:
         shapes = {key: list(value.shape) for key, value in self.task.module.state_dict().items()}
         split = [checksum(rows) for rows in (self.task.train_rows, self.task.val_rows)]
         options = self.options.model_dump(include=set(TrainingOptions.model_fields))
-        device = torch.device(self.run.device).type  # generators of different devices have different states
-        parts = [self.task.fingerprint, shapes, split, options, self.run.seed, device]
+        parts = [self.task.fingerprint, shapes, split, options, self.run.seed]
         return sha256_text(json.dumps(parts, sort_keys=True))
 
     def _pause(self) -> None:
@@ -335,6 +335,7 @@ class _Loop:
         begun = self.begun
         meta = {
             "identity": self._identity,
+            "device": torch.device(self.run.device).type,
             "epochs": self.epochs,
             "steps": self.steps,
             "best_epoch": self.best_epoch,
@@ -366,7 +367,7 @@ class _Loop:
         self.task.module.load_state_dict(tensors["module"])
         self.optimiser.load_state_dict(tensors["optimiser"])
         self.best = {key: value.to(device) for key, value in tensors["best"].items()}
-        self.random.torch.set_state(tensors["torch"])
+        self._restore_draws(meta["device"], meta["steps"], tensors["torch"])
         self.random.numpy.bit_generator.state = meta["numpy"]
         self.epochs, self.steps, self.best_epoch = list(meta["epochs"]), meta["steps"], meta["best_epoch"]
         if meta["begun"] is not None:
@@ -375,6 +376,15 @@ class _Loop:
         if self.run.history is not None:
             for row in self.epochs:
                 self.run.history(row)
+
+    def _restore_draws(self, device: str, steps: int, state: Tensor) -> None:
+        """Take up the generator's state, which another kind of device cannot: there it is seeded anew."""
+        if device == torch.device(self.run.device).type:
+            self.random.torch.set_state(state)
+            return
+        self.random.torch.manual_seed(int(np.random.SeedSequence([self.run.seed, 1, steps]).generate_state(1)[0]))
+        self.run.notes.append(f"from step {steps} of a checkpoint of {device}: not the bytes of a fit on one device")
+        log.warning("%s: %s", self.run.checkpoint, self.run.notes[-1])
 
 
 def _permuted(rows: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -53,9 +53,9 @@ def tables(world, tmp_path_factory) -> Path:
     """Tables of a case with flows, scored for all cells and for β cells."""
     folder = tmp_path_factory.mktemp("scored") / "tables"
     flows = [
-        {"gene": "Ins1", "cells": (BETA,), "name": "Ins1_beta"},
+        {"gene": "Ins1", "cells": (BETA,), "name": "Ins1_beta", "on_map": True},
         {"gene": "Ins1", "sign": -1, "cells": (BETA,), "name": "Ins1_down"},
     ]
-    case = make_case(judged=(BETA,), flows=flows, list_groups=("all", BETA))
+    case = make_case(judged=(BETA,), flows=flows, list_groups=("all", BETA), n_permutations=999)
     score_axis(case, world.cells, world.model, folder, truth=world.truth)
     return folder

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from perturbed.axis.spec import AxisCase
 
@@ -18,3 +21,8 @@ SPEC: dict[str, Any] = {
 def make_case(**changes: Any) -> AxisCase:
     """A case on the simulated islets."""
     return AxisCase.model_validate(SPEC | changes)
+
+
+def read_table(tables: Path, name: str) -> pd.DataFrame:
+    """A table of the case."""
+    return pd.read_csv(tables / f"{name}.csv", keep_default_na=False, na_values=["", "nan"])

@@ -26,8 +26,8 @@ def test_figures_are_drawn_with_their_numbers(tables, tmp_path, kind):
     text = re.sub(r"\s+", " ", (one / f"{kind}.svg").read_text())
     expected = {
         "scores": ["Ins1", "Stability", "planted among", "permuted within studies"],
-        "flow": ["Ins1 raised in", "Ins1 lowered in", "unperturbed: cosine with the axis"],
-        "map": ["type B pancreatic cell", "type 2 diabetes mellitus", "UMAP 1"],
+        "flow": ["Ins1 raised in", "Ins1 lowered in", "Ins1 lowered: principal components of all cells", "→ normal"],
+        "map": ["type B pancreatic cell", "type 2 diabetes mellitus", "arrows: Ins1 raised", "arrows: Ins1 lowered"],
         "umap": ["type B pancreatic cell", "normal"],
     }
     for words in expected[kind]:
@@ -40,7 +40,7 @@ def test_one_group_and_one_flow_can_be_drawn(tables, tmp_path):
     draw_axis_figure("scores", tables, tmp_path / "beta", group=BETA)
     assert "Composition" not in (tmp_path / "beta.svg").read_text()
     draw_axis_figure("flow", tables, tmp_path / "flow", flows=["Ins1_down"])
-    assert "Ins1 raised" not in (tmp_path / "flow.svg").read_text()
+    assert "Ins1 raised in" not in (tmp_path / "flow.svg").read_text()  # the told direction
 
 
 def test_what_is_missing_is_named(tables, tmp_path):

@@ -11,9 +11,19 @@ import pytest
 from pydantic import ValidationError
 
 from perturbed.config import parse, read_yaml
-from perturbed.data.cards import Card, Keys, PathSource, SimulationSource, UrlSource, load_card
+from perturbed.data.cards import (
+    Card,
+    Keys,
+    PathSource,
+    RemoteFile,
+    SimulationSource,
+    UrlSource,
+    load_card,
+    names_card,
+)
 from perturbed.data.raw import check_expectations, check_raw
 from perturbed.errors import ConfigError
+from perturbed.pathways.spec import load_gene_set_card
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "config" / "datasets"
@@ -65,6 +75,17 @@ def test_files_are_pinned_and_addresses_are_safe(name: str) -> None:
             assert address.scheme == "https"
             # These answer scripts with 202 and nothing, or with 403.
             assert not (address.netloc.endswith("figshare.com") and address.path.startswith("/ndownloader"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if CARDS[name].provides & {"gene_sets", "gene_graph"}])
+def test_side_files_are_known_and_pinned(name: str) -> None:
+    sets, graph = CARDS[name].files.gene_sets, CARDS[name].files.gene_graph
+    if sets is not None and names_card(sets):
+        library = load_gene_set_card(sets, [REPOSITORY / "config" / "gene_sets"])
+        assert library.organism == CARDS[name].about.organism
+    if isinstance(graph, RemoteFile):
+        assert graph.sha256 and graph.member_sha256
+        assert all(urlsplit(url).scheme == "https" for url in graph.urls)
 
 
 def test_one_name_is_one_file() -> None:

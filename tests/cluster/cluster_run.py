@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from loopback import Loopback, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -19,25 +18,44 @@ FIT = "results/tiny/zero_shot/fold0/perturbedvae/seed0"
 LATER = (f"{FIT}/model", f"{FIT}/training.csv", f"{FIT}/prediction.h5ad", f"{FIT}/scores.parquet", f"{FIT}/details",
          "results/tables", f"{FIT}/logs/fit.log")  # fmt: skip
 # What a cluster needs minutes for, in seconds; everything else is the profile's.
-QUICK = ("--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2", "--latency-wait",
-         "15", "--max-status-checks-per-second", "10")  # fmt: skip
+QUICK = {"slurm-init-seconds-before-status-checks": 2, "seconds-between-status-checks": 2, "latency-wait": 15,
+         "max-status-checks-per-second": 10}  # fmt: skip
 PATIENCE = 600
 """Seconds for what takes some ten on an idle machine."""
 
 
 @dataclass
 class ClusterRun:
-    """A folder in which Snakemake runs `tests/configs/cluster.yaml` on Slurm."""
+    """A clone in which Snakemake runs `tests/configs/cluster.yaml` on Slurm."""
 
     folder: Path
     slurm: Loopback
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
+    def clone(self) -> None:
+        """Clone the repository, with what is not committed yet; where there is none, copy it."""
+        if not (ROOT / ".git").exists():
+            shutil.copytree(ROOT, self.folder, symlinks=True, ignore=shutil.ignore_patterns(".*", "results"))
+            return
+        git = ["git", "-c", "safe.directory=*"]
+        subprocess.run([*git, "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(self.folder)], check=True)
+        changed = [*git, "ls-files", "-z", "--modified", "--others", "--exclude-standard"]
+        shown = subprocess.run(changed, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        for name in filter(None, shown.stdout.decode().split("\0")):
+            (self.folder / name).unlink(missing_ok=True)
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+
     def configure(self) -> None:
-        config = yaml.safe_load((ROOT / "tests/configs/cluster.yaml").read_text())
-        config["cards"] = [str(ROOT / path) for path in config["cards"]]
-        config["method_files"] = [str(ROOT / "config/methods")]
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config))
+        """Put the suite's config in place of the default, and seconds for what a cluster needs minutes for."""
+        shutil.copy(self.folder / "tests/configs/cluster.yaml", self.folder / "config/config.yaml")
+        profile = self.folder / "profiles/slurm/config.yaml"
+        text = profile.read_text()
+        for key, seconds in QUICK.items():
+            text, n = re.subn(rf"^{key}: .*$", f"{key}: {seconds}", text, flags=re.MULTILINE)
+            assert n == 1, key
+        profile.write_text(text)
 
     def copy_before_fit(self, folder: Path) -> ClusterRun:
         shutil.copytree(self.folder, folder, symlinks=True)
@@ -50,26 +68,18 @@ class ClusterRun:
     # --- Snakemake --------------------------------------------------------------------------------------------------
 
     def command(self, *arguments: str) -> list[str]:
-        base = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--snakefile",
-            str(ROOT / "Snakefile"),
-            "--configfile",
-            "config.yaml",
-        ]
-        return [*base, *arguments]
+        return [str(Path(sys.executable).with_name("snakemake")), *arguments]
 
     def environment(self) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+        ours = (self.folder / "bin", self.slurm.home / "bin", Path(sys.executable).parent)  # a test may fill the first
+        path = os.pathsep.join([*map(str, ours), os.environ["PATH"]])
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PERTURBED_CHECKPOINT_SECONDS": "1"}
 
     def begin(self, *arguments: str, target: str = f"{FIT}/model") -> None:
         """Start Snakemake with the profile and come back."""
         with open(self.folder / "run.log", "ab") as log:
             self.process = subprocess.Popen(
-                self.command("--profile", str(ROOT / "slurm"), *QUICK, *arguments, "--", target),
+                self.command("--profile", "slurm", *arguments, *(["--", target] if target else [])),
                 cwd=self.folder, env=self.environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -110,12 +120,14 @@ class ClusterRun:
         return path.read_text(errors="replace") if path.is_file() else ""
 
     def wait_for_training(self, *, after: str = "") -> str:
-        """Wait until the fit trains, from where Slurm job `after` left it; the job's id."""
+        """Wait until the fit trains and has a checkpoint, from where Slurm job `after` left it; the job's id."""
         said = "resuming after" if after else "checkpoints go to"
+        checkpoint = self.folder / f"{FIT}/model.checkpoint"
 
         def found() -> str | None:
             running = [job for job, rule in self.slurm.jobs("RUNNING").items() if rule.startswith("rule_fit")]
-            return running[0] if running and running[0] != after and said in self.fit_log() else None
+            begun = said in self.fit_log() and checkpoint.is_file()
+            return running[0] if running and running[0] != after and begun else None
 
         def ready() -> bool:
             ended = self.process is not None and self.process.poll() is not None
@@ -124,6 +136,12 @@ class ClusterRun:
 
         wait_for(ready, "the fit trains", PATIENCE)
         return str(found())
+
+    def must_have_resumed(self) -> None:
+        """Fail unless the fit went on where a checkpoint had left it."""
+        steps = [int(step) for step in re.findall(r"resuming after step (\d+)", self.fit_log() + self.said())]
+        assert steps, "no attempt resumed"
+        assert min(steps) > 0
 
     def trainer(self) -> int:
         """Process id of the fit."""

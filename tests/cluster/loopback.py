@@ -1,12 +1,13 @@
 """A real Slurm on the loopback interface: munge, slurmctld and one slurmd, without systemd and without cgroups.
 
-Needs root on Debian or Ubuntu. Everything lies in one folder but the three links in `/etc/slurm`, which `stop` removes:
-with a slurm.conf and no slurmctld, every start of Snakemake waits nine seconds for an answer.
+Needs root on Debian or Ubuntu. Everything but munge lies in one folder, to which `SLURM_CONF` points while it runs, and
+takes ports of its own: a Slurm of this machine, and `/etc/slurm`, are left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -20,7 +21,8 @@ from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 CONFIGS = ("slurm.conf", "gres.conf", "cgroup.conf")
-ETC = Path("/etc/slurm")
+LOCK = Path("/run/lock/perturbed-cluster-tests")
+"""Held by the one suite that a machine has time for."""
 
 SLURM_CONF = """\
 ClusterName=loopback
@@ -40,8 +42,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
-SlurmctldPort=6817
-SlurmdPort=6818
+SlurmctldPort={port}
+SlurmdPort={node_port}
 SlurmctldPidFile={home}/run/slurmctld.pid
 SlurmdPidFile={home}/run/slurmd.pid
 SlurmctldLogFile={home}/log/slurmctld.log
@@ -67,8 +69,6 @@ def why_not() -> str:
         return "needs root, to install and start Slurm"
     if shutil.which("apt-get") is None:
         return "needs Debian or Ubuntu (apt-get), to install Slurm"
-    if any((ETC / name).exists() and not (ETC / name).is_symlink() for name in CONFIGS):
-        return "this machine belongs to a Slurm cluster (/etc/slurm/slurm.conf is a file); nothing is touched"
     return ""
 
 
@@ -113,6 +113,7 @@ class Loopback:
     mem_mb: int = 20000
     gpus: int = 2
     host: str = field(default_factory=lambda: socket.gethostname().split(".")[0])
+    lock: int | None = None
 
     def start(self) -> None:
         """Install, configure and start everything, and wait until the node is idle."""
@@ -123,23 +124,28 @@ class Loopback:
         self.start_node()
         self.wait_for_node()
 
+    def claim(self) -> str:
+        """Keep other suites away until `stop`; why that cannot be, or empty."""
+        self.lock = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another cluster suite runs on this machine ({LOCK}); wait until it ends"
+        return ""
+
     def stop(self) -> None:
-        """End all jobs and daemons that this object started, and take the links out of `/etc/slurm`."""
+        """End all jobs and daemons that this object started."""
         try:
             if self._alive("slurmctld"):
-                _run(
-                    "scancel",
-                    "--user=root",
-                    check=False,
-                )
+                _run("scancel", "--user=root", check=False)
                 with contextlib.suppress(TimeoutError):
                     wait_for(lambda: not self.jobs(), "no job is left", 30)
             for daemon in ("slurmd", "slurmctld", "munged"):
                 self._end(daemon)
         finally:
-            for name in CONFIGS:
-                if (ETC / name).is_symlink():
-                    (ETC / name).unlink()
+            os.environ.pop("SLURM_CONF", None)
+            if self.lock is not None:
+                os.close(self.lock)
 
     def start_controller(self) -> None:
         """Start slurmctld and wait until it answers."""
@@ -156,7 +162,7 @@ class Loopback:
 
     def kill_node(self) -> None:
         """End slurmd and all that it started, as a power cut would."""
-        steps = [int(pid) for pid in _run("pgrep", "-f", "^slurmstepd: ", check=False).split()]
+        steps = [int(pid) for pid in _run("pgrep", "-f", "^slurmstepd: ", check=False).split() if self._is_own(pid)]
         running = [pid for step in steps for pid in _family(step)]  # parents first, so that none reports a death
         self._end("slurmd", signal.SIGKILL)
         for pid in running:
@@ -207,19 +213,21 @@ class Loopback:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _configure(self) -> None:
-        for folder in ("state", "spool", "log", "run", "dev"):
+        for folder in ("state", "spool", "log", "run", "dev", "bin"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)
         for gpu in range(self.gpus):  # Slurm wants character devices; these are the null device
             node = self.home / f"dev/nvidia{gpu}"
             if not node.exists():
                 os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         known = {"host": self.host, "home": self.home, "cpus": self.cpus, "mem_mb": self.mem_mb, "gpus": self.gpus}
+        known |= dict(zip(("port", "node_port"), _free_ports(2)))
         texts = (SLURM_CONF.format(**known), GRES_CONF.format(**known, last=self.gpus - 1), CGROUP_CONF)
-        ETC.mkdir(exist_ok=True)
         for name, text in zip(CONFIGS, texts):
             (self.home / name).write_text(text)
-            (ETC / name).unlink(missing_ok=True)
-            (ETC / name).symlink_to(self.home / name)
+        # For every program started from here and its jobs, but Snakemake hides Slurm's variables from its srun.
+        os.environ["SLURM_CONF"] = str(self.home / CONFIGS[0])
+        (self.home / "bin/srun").write_text(f'#!/bin/sh\nSLURM_CONF={self.home}/slurm.conf exec /usr/bin/srun "$@"\n')
+        (self.home / "bin/srun").chmod(0o755)
 
     def _start_munge(self) -> None:
         if _run("munge", "-n", check=False).startswith("MUNGE:"):
@@ -257,6 +265,21 @@ class Loopback:
             wait_for(lambda: not self._alive(daemon), f"{daemon} has ended", 15)
         except TimeoutError:
             os.kill(pid, signal.SIGKILL)
+
+    def _is_own(self, step: str) -> bool:
+        """Whether a slurmstepd was started by this slurmd and not by one that belongs to the machine."""
+        try:
+            return str(self.home).encode() in Path(f"/proc/{step}/environ").read_bytes()
+        except OSError:
+            return False
+
+
+def _free_ports(n: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _family(pid: int) -> list[int]:

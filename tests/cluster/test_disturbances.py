@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,13 +21,29 @@ RESUMED = "resuming after"
 
 def test_undisturbed_through_the_profile(reference: ClusterRun):
     """The fit was given a GPU of its own, of which torch can make nothing: it says so and takes the CPU."""
+    assert (reference.folder / "slurm").is_symlink()
     n_jobs = len(reference.submitted())
-    assert n_jobs == 8, "simulate, prepare, one fold, two fits, references, one group of scores, summarise"
+    assert n_jobs == 10, "simulate, prepare, fold, two fits, scores, summarise, figures, resolve_config, report"
+    assert (reference.folder / "results/report.html").stat().st_size > 100_000
     record = json.loads((reference.folder / f"{FIT}/model.provenance.json").read_text())
     assert record["device"] == "cpu"
     assert record["device_reason"]
     baseline = FIT.replace("perturbedvae", "mean_effect")
     assert json.loads((reference.folder / f"{baseline}/model.provenance.json").read_text())["device"] == "cpu"
+
+
+def test_a_cluster_without_such_a_gpu_refuses_once_and_the_fit_takes_the_cpu(run: ClusterRun, slurm: Loopback):
+    """Asked for in the form and by the one line that the profile has for sites that know only `--gres`."""
+    profile = run.folder / "profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("# gpu_gres: gpu:1", "gpu_gres: gpu:nosuch:1"))
+    run.begin()
+    run.finish()
+    assert "sbatch failed" in run.said()
+    assert "--gres=gpu:nosuch:1" in run.said()
+    (job,) = run.submitted()
+    assert "TresPerJob" not in slurm.describe(job)
+    record = json.loads((run.folder / f"{FIT}/model.provenance.json").read_text())
+    assert record["device"] == "cpu"
 
 
 def test_a_fit_is_given_one_gpu_and_a_cancelled_one_resumes(run: ClusterRun, reference: ClusterRun, slurm: Loopback):
@@ -37,8 +54,10 @@ def test_a_fit_is_given_one_gpu_and_a_cancelled_one_resumes(run: ClusterRun, ref
     variables = dict(line.split("=", 1) for line in environment_of(run.trainer()) if "=" in line)
     assert variables["CUDA_VISIBLE_DEVICES"] in ("0", "1")
     slurm.cancel(job)
-    run.wait_for_training(after=job)
+    again = run.wait_for_training(after=job)
+    assert "TresPerJob" not in slurm.describe(again), "under `device: auto`"
     run.finish()
+    run.must_have_resumed()
     assert SAVED in run.said()  # the log of the first try, which the profile has printed
     run.must_equal(reference)
 
@@ -56,6 +75,7 @@ def test_over_the_time_limit(run: ClusterRun, reference: ClusterRun, slurm: Loop
     again = run.wait_for_training(after=job)
     assert slurm.describe(again)["TimeLimit"] == "00:02:00"
     run.finish()
+    run.must_have_resumed()
     assert SAVED in run.said()
     run.must_equal(reference)
 
@@ -70,6 +90,7 @@ def test_the_warning_before_the_time_limit(run: ClusterRun, reference: ClusterRu
     run.wait_for_training(after=job)
     assert slurm.describe(job)["JobState"] == "FAILED", "ended by itself, before the limit"
     run.finish()
+    run.must_have_resumed()
     assert SAVED in run.said()
     run.must_equal(reference)
 
@@ -87,16 +108,29 @@ def wakes(pid: int) -> None:
 
 def test_over_memory(run: ClusterRun, reference: ClusterRun, slurm: Loopback):
     """Killed without a warning, whatever Slurm calls it (OUT_OF_MEMORY with cgroups, FAILED without)."""
-    run.begin("--set-resources", "fit:mem_mb=300*attempt**2")
+    leaks_once(run)
+    run.begin("--set-resources", "fit:mem_mb=2000*attempt**2")
     run.finish()
-    asked = [slurm.describe(job)["MinMemoryNode"] for job in run.submitted() if is_fit(slurm, job)]
-    assert asked[:2] == ["300M", "1200M"]
+    assert [slurm.describe(job)["MinMemoryNode"] for job in run.submitted()] == ["2000M", "8000M"]
     assert "Trying to restart job" in run.said()
+    assert SAVED not in run.said()
+    run.must_have_resumed()
     run.must_equal(reference)
 
 
-def is_fit(slurm: Loopback, job: str) -> bool:
-    return slurm.describe(job)["Comment"].startswith("rule_fit")
+def leaks_once(run: ClusterRun) -> None:
+    """Make the first fit take 4 GB more once it has a checkpoint: a child of its job, which is counted with it."""
+    leak = "x = b'x' * 4 * 10**9; import time; time.sleep(300)"
+    script = f"""#!/bin/bash
+if [ "$1" = fit ] && mkdir leaked 2>/dev/null; then
+    (until [ -e {FIT}/model.checkpoint ]; do sleep 0.1; done; exec {sys.executable} -c "{leak}") &
+fi
+exec {Path(sys.executable).with_name("perturbed")} "$@"
+"""
+    program = run.folder / "bin/perturbed"
+    program.parent.mkdir()
+    program.write_text(script)
+    program.chmod(0o755)
 
 
 def test_preempted(run: ClusterRun, reference: ClusterRun, slurm: Loopback):
@@ -109,6 +143,7 @@ def test_preempted(run: ClusterRun, reference: ClusterRun, slurm: Loopback):
     wait_for(lambda: slurm.describe(job)["Restarts"] == "1" and RESUMED in run.fit_log(), "it resumes", PATIENCE)
     run.finish()
     assert len(run.submitted()) == 1
+    run.must_have_resumed()
     run.must_equal(reference)
 
 
@@ -123,6 +158,7 @@ def test_the_node_dies(run: ClusterRun, reference: ClusterRun, slurm: Loopback):
     slurm.wait_for_node()
     slurm.release(job)
     run.finish()
+    run.must_have_resumed()
     run.must_equal(reference)
 
 

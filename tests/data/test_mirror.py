@@ -26,7 +26,7 @@ from perturbed.data.census.query import query_cells
 from perturbed.data.census.spec import CensusCard, ModelCard
 from perturbed.data.fetch import fetch_file
 from perturbed.data.mirror import collect, copy_slice, find_made, mirror_run, read_manifest, spell_bytes
-from perturbed.data.needs import Made, Needs, find_needs, made_name, walk
+from perturbed.data.needs import Made, Needs, cards_of, find_needs, made_name, walk
 from perturbed.errors import ConfigError, DataError, FetchError, PerturbedError
 from perturbed.files import write_text
 from perturbed.pathways.spec import GeneSetCard
@@ -110,6 +110,17 @@ def test_files_of_this_machine_are_named_and_not_collected() -> None:
     found = find_needs({"dataset c": card})
     assert found.local == {"x.h5ad": "dataset c", "graph.csv": "dataset c"}
     assert not found.files
+
+
+def test_gene_sets_and_a_graph_that_a_card_names_are_collected() -> None:
+    """By the library's card and by the address; neither is a file of this machine."""
+    folders = {"cards": "datasets", "method_files": "methods", "gene_set_cards": "gene_sets"}
+    config = yaml.safe_load((ROOT / "config/paper.yaml").read_text())
+    plan = Plan({**config, **{key: [str(ROOT / "config" / folder)] for key, folder in folders.items()}})
+    found = find_needs(cards_of(plan))
+    assert "gene-sets go_bp_human" in found.users["c5.go.bp.v2025.1.Hs.symbols.gmt"]
+    assert "dataset norman2019_paper" in found.users["go_essential_all.tar.gz"]
+    assert not found.local
 
 
 def test_every_shipped_card_can_be_asked() -> None:

@@ -214,6 +214,14 @@ def test_the_limit_of_a_control_group_counts(tmp_path, version):
     assert available_memory(tmp_path) == 3_500_000
 
 
+def test_the_memory_of_a_slurm_job_counts_where_no_group_holds_it(tmp_path, monkeypatch):
+    write(tmp_path / "proc/meminfo", "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
+    write(tmp_path / "proc/self/cgroup", "0::/\n")
+    for asked, bytes_left in (("2000", 2000 * 2**20), ("0", 8_192_000_000), ("", 8_192_000_000)):
+        monkeypatch.setenv("SLURM_MEM_PER_NODE", asked)
+        assert available_memory(tmp_path) == bytes_left
+
+
 # --- prepare ------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -11,8 +14,10 @@ from perturbed.checkpoints import fingerprint
 from perturbed.data import streaming
 from perturbed.data.streaming import StreamedMatrix
 from perturbed.models.inputs import load_training_data
+from perturbed.plan import Plan
 from perturbed.resident import ResidentCells
 
+ROOT = Path(__file__).parents[2]
 TINY = 1e-9
 
 
@@ -64,3 +69,34 @@ def test_the_fingerprint_is_of_the_values(fold, tmp_path):
     prepared = make_prepared(folder, prepare={"target_sum": 5000})
     other = load_training_data(prepared, *make_fold(folder, prepared), streams=True, memory_gb=TINY)
     assert fingerprint(one, TrainingOptions(), 0) != fingerprint(other, TrainingOptions(), 0)
+
+
+@pytest.mark.parametrize("available", [10**3, 10**13], ids=["first attempt", "with more memory"])
+def test_a_retry_with_more_memory_takes_the_cells_in_the_order_of_the_first(fold, available, monkeypatch):
+    """What the rule `fit` passes depends on the config, so that a checkpoint of any attempt is one of all."""
+    monkeypatch.setattr(streaming, "available_memory", lambda: available)
+    job = SimpleNamespace(method="perturbedvae")
+    run = {"dataset": "simulation", "methods": ["perturbedvae", "additive"]}
+    for config, kind in ((run, sparse.csr_matrix), ({**run, "memory_gb": TINY}, StreamedMatrix)):
+        budget = Plan(config).resources.cells_gb(job)
+        assert isinstance(load_training_data(*fold, streams=True, memory_gb=budget).X, kind)
+
+
+def test_the_budget_of_a_fit_is_half_of_what_its_first_attempt_asks_for_or_what_the_config_says():
+    job, run = (
+        SimpleNamespace(method="perturbedvae"),
+        {"dataset": "simulation", "methods": ["perturbedvae", "additive"]},
+    )
+    plan = Plan(run)
+    assert plan.resources.cells_gb(job) * 2000 == plan.resources.of_method("mem_mb")(job, 1)
+    assert Plan({**run, "memory_gb": 24}).resources.cells_gb(job) == 24
+    rule = (ROOT / "workflow/rules/methods.smk").read_text()
+    assert "memory_gb=plan.resources.cells_gb," in rule and "--memory-gb {params.memory_gb}" in rule
+
+
+def test_prepare_asks_for_what_streaming_needs_and_no_more():
+    asks = Plan({"dataset": "simulation", "methods": ["additive"]}).resources.prepare
+    sizes = {1: 4000, 1000: 8000, 3000: 17_200, 400_000: 176_000}
+    for size, needed in sizes.items():
+        for attempt in (1, 2):
+            assert asks(None, SimpleNamespace(size_mb=size), attempt) == attempt * needed

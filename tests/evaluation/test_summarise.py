@@ -9,8 +9,9 @@ import pytest
 from perturbed.config import StatisticsSpec
 from perturbed.data.contracts import SCORE_COLUMNS, read_scores, write_scores
 from perturbed.errors import ConfigError, DataError
-from perturbed.evaluation.statistics import holm
-from perturbed.evaluation.summarise import TABLES, merge_scores, summarise
+from perturbed.evaluation.registry import METRICS
+from perturbed.evaluation.statistics import arrange, holm
+from perturbed.evaluation.summarise import TABLES, merge_scores, summarise, tabulate_means
 
 DIRECTIONS = {"corr": 1, "error": -1}
 SPEC = StatisticsSpec(
@@ -189,3 +190,19 @@ def test_a_run_without_the_primary_method_says_so(tmp_path, caplog):
     write_scores(tmp_path / "a.parquet", make_scores(["additive", "mean_effect"]))
     summarise([tmp_path / "a.parquet"], SPEC, tmp_path / "out", DIRECTIONS)
     assert "no primary contrast, because model was not scored" in caplog.text
+
+
+def test_an_interval_ends_where_its_metric_does(tmp_path):
+    high = make_scores(["model"]).query("metric == 'corr'").head(6).assign(metric="pearson_delta_ctrl")
+    high["value"] = [0.99, 1.0, 0.7, 1.0, 0.999, 1.0]
+    summary = tabulate_means(list(arrange(high, SPEC)), SPEC, {"pearson_delta_ctrl": 1}).iloc[0]
+    free = tabulate_means(list(arrange(high.assign(metric="corr"), SPEC)), SPEC, {"corr": 1}).iloc[0]
+    assert free["ci_high"] > 1.0 == summary["ci_high"]
+    assert summary["ci_low"] == free["ci_low"] < summary["mean"] == free["mean"]
+
+
+def test_bounds_of_metrics_are_read_from_their_ranges():
+    bounds = {name: metric.bounds for name, metric in METRICS.items()}
+    assert bounds["pearson_delta_ctrl"] == (-1.0, 1.0) and bounds["l2_delta"] == (0.0, np.inf)
+    assert all(low < high for low, high in bounds.values())
+    assert all(metric.perfect <= metric.bounds[1] for metric in METRICS.values())

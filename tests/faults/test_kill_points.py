@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from fault_world import ROOT, STAGES, invoke, snapshot
+
+from perturbed.files import hash_file
 
 DYING = Path(__file__).with_name("dying.py")
 LATER = {
@@ -28,10 +31,10 @@ NOT_BYTES = {"census simulate": ("store",)}
 """The store of TileDB names its files by the time of writing; what is read from it is compared by `census query`."""
 
 
-def killed_before(name: str, arguments: list[str]) -> None:
+def killed_before(name: str, arguments: list[str], folder: Path = ROOT) -> None:
     call = [sys.executable, str(DYING), name, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, f"never reached {name}: {done.stderr[-2000:]}"
 
 
@@ -56,3 +59,28 @@ def test_killed_while_it_writes(stage: str, name: str, world: Path, tmp_path: Pa
 
 def content(path: Path) -> dict[str, bytes]:
     return snapshot(path) if path.is_dir() else {path.name: path.read_bytes()}
+
+
+@pytest.mark.kill_point
+@pytest.mark.parametrize("name", ["cells.bin", "SHA256SUMS", "manifest.json"])
+def test_killed_while_it_mirrors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a mirror holds is never half of it, and the same command completes it."""
+    monkeypatch.setenv("PERTURBED_ALLOW_LOCALHOST", "1")
+    (tmp_path / "served.bin").write_bytes(bytes(range(256)) * 500)
+    file = {"name": "cells.bin", "urls": [(tmp_path / "served.bin").as_uri()]}
+    file["sha256"] = hash_file(tmp_path / "served.bin")
+    (tmp_path / "far.yaml").write_text(json.dumps({"source": {"kind": "url", "files": [file]}}))
+    methods = ["no_change", "mean_effect"]
+    statistics = {"primary_method": methods[1], "primary_baseline": methods[0], "baselines": methods[:1]}
+    run = {"dataset": ["far"], "cards": [str(tmp_path)], "methods": methods, "statistics": statistics}
+    (tmp_path / "run.yaml").write_text(json.dumps({**run, "data": str(tmp_path / "data")}))
+    command = ["mirror", "--config", str(tmp_path / "run.yaml"), "--no-progress", "--dir"]
+    out, undisturbed = tmp_path / "mirror", tmp_path / "undisturbed"
+    killed_before(name, [*command, str(out)])
+    assert not (out / name).exists()
+    for folder in (out, undisturbed):
+        done = invoke([*command, str(folder)])
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert sorted(content(out)) == sorted(content(undisturbed)), "the killed process left something"
+    for kept in ("cells.bin", "SHA256SUMS"):
+        assert (out / kept).read_bytes() == (undisturbed / kept).read_bytes()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from perturbed.errors import DataError
-from perturbed.provenance import check_whole, record_path, recorded
+from perturbed.provenance import DRAWN, check_whole, date_back, record_path, recorded, set_aside_torn
 
 
 def made(path: Path, text: str = "a,b\n1,2\n") -> Path:
+    path.parent.mkdir(exist_ok=True)
     with recorded("test", path, {}, {}):
         path.write_text(text)
     return path
@@ -110,3 +112,58 @@ def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pyt
         part.mkdir()
         (part / "state.pt").write_text("x")
     assert events.index("state.pt") < events.index("-> model") < events.index(tmp_path.name)
+
+
+def test_what_is_torn_gets_another_name_and_nothing_else(tmp_path: Path):
+    whole, torn, figure = made(tmp_path / "deep/whole.csv"), made(tmp_path / "torn.csv"), tmp_path / "figures/one"
+    folder, gone = tmp_path / "tables", made(tmp_path / "gone.csv")
+    with recorded("test", folder, {}, {}):
+        folder.mkdir()
+        (folder / "one.csv").write_text("12")
+    with recorded("test", figure, {}, {}):
+        figure.parent.mkdir()
+        for kind in DRAWN:
+            figure.with_suffix(kind).write_text(kind)
+    assert set_aside_torn(tmp_path) == []
+    torn.write_text("")
+    gone.unlink()
+    (folder / "one.csv").write_text("1")
+    figure.with_suffix(".png").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    said = set_aside_torn(tmp_path, tmp_path / "absent", only_say=True)
+    assert len(said) == 3 and all("no dry run" in line for line in said) and sorted(tmp_path.rglob("*")) == before
+    said = set_aside_torn(tmp_path)
+    assert len(said) == 3 and all("\n" not in line for line in said)
+    assert f"{torn}: has 0 bytes, but had 8 when it was made; kept as torn.csv.torn" in "\n".join(said)
+    assert not torn.exists() and not folder.exists() and not figure.with_suffix(".png").exists()
+    assert (tmp_path / "tables.torn/one.csv").read_text() == "1" and whole.exists()
+    assert figure.with_suffix(".svg").read_text() == ".svg"
+    assert set_aside_torn(tmp_path) == [], "what is set aside is no output any more"
+    made(torn).write_text("again")
+    assert "kept as torn.csv.torn1" in set_aside_torn(tmp_path)[0]
+    assert (tmp_path / "torn.csv.torn").read_text() == "" and (tmp_path / "torn.csv.torn1").read_text() == "again"
+
+
+def test_links_between_folders_end(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/back").symlink_to(tmp_path)
+    (tmp_path / "data/broken").symlink_to(tmp_path / "absent")
+    made(tmp_path / "data/table.csv").write_text("")
+    assert len(set_aside_torn(tmp_path)) == 1
+
+
+def test_what_is_dated_in_the_future_is_dated_as_of_now(tmp_path: Path):
+    ahead, model = made(tmp_path / "ahead.csv"), tmp_path / "model"
+    with recorded("test", model, {}, {}):
+        model.mkdir()
+        (model / "state").write_text("1")
+    (model / ".snakemake_timestamp").touch()
+    assert date_back(tmp_path) == []
+    then = time.time() + 1000
+    for path in (ahead, model / ".snakemake_timestamp"):
+        os.utime(path, (then, then))
+    said = date_back(tmp_path, only_say=True)
+    assert len(said) == 1 and "2 outputs in all; check the clocks" in said[0] and ahead.stat().st_mtime == then
+    assert len(date_back(tmp_path)) == 1
+    assert ahead.stat().st_mtime == (model / ".snakemake_timestamp").stat().st_mtime <= time.time()
+    assert date_back(tmp_path) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from breaking import Break, empty, half
 from fault_world import ROOT
+from test_kill_points import killed_before
 
 sys.path.insert(0, str(ROOT / "tests/workflow"))
 from pipeline import Run
@@ -19,6 +22,7 @@ from pipeline import Run
 pytestmark = pytest.mark.workflow
 ONE_METHOD = {"methods": ["additive"], "method_params": {}, "variants": {}, "method_seeds": {}, "studies": {}}
 FOLD = "results/tiny/zero_shot/fold0"
+FIT = f"{FOLD}/additive/seed0"
 YEAR = 365 * 24 * 3600
 
 
@@ -27,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of one method; every test leaves it finished."""
     run = Run(tmp_path_factory.mktemp("run"))
     run.configure(**ONE_METHOD)
-    run.snakemake("benchmark")
+    run.snakemake()
     return run
 
 
@@ -75,34 +79,117 @@ def test_two_runs_of_one_folder_at_once(run: Run, tables: dict[str, bytes]):
     assert first.returncode == 0, shown[-3000:]
 
 
-PREDICTION = f"{FOLD}/additive/seed0/prediction.h5ad"
-SCORES = f"{FOLD}/additive/seed0/scores.parquet"
+PRODUCTS: dict[str, Break] = {
+    "results/report.html": half,
+    "results/config.yaml": half,
+    "results/figures/overview.svg": empty,
+    "results/figures/overview.png": half,
+    "results/figures/tiny/zero_shot/strata.csv": half,
+}
+"""What is at the end of its chain, so that no verb reads it and refuses it."""
+BETWEEN: dict[str, Break] = {
+    "data/tiny/raw.h5ad": half,
+    "data/tiny/prepared.h5ad": empty,
+    f"{FOLD}/split.csv": half,
+    f"{FOLD}/features.csv": empty,
+    f"{FOLD}/leakage.json": half,
+    f"{FOLD}/references.parquet": half,
+    f"{FIT}/model/state.npz": half,
+    f"{FIT}/training.csv": empty,
+    f"{FIT}/prediction.h5ad": half,
+    f"{FIT}/details/deltas.parquet": half,
+    f"{FIT}/scores.parquet": empty,
+}
+"""What is read on the way to the tables."""
+TABLES = {"results/tables/summary.csv": half}
+
+
+def tear(run: Run, changes: dict[str, Break]) -> dict[str, bytes]:
+    """Break files; return what they held."""
+    before = {name: (run.folder / name).read_bytes() for name in changes}
+    for name, change in changes.items():
+        change(run.folder / name)
+    return before
+
+
+def differing(run: Run, before: dict[str, bytes]) -> list[str]:
+    """Files that do not hold what they held, but for the times that a report shows."""
+    now = {name: (run.folder / name).read_bytes() for name in before}
+    return [name for name in before if timeless(name, now[name]) != timeless(name, before[name])]
+
+
+def timeless(name: str, data: bytes) -> bytes:
+    return re.sub(rb"[\d.]+", b"", data) if name.endswith(".html") else data
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("name", "reader", "change"),
-    [(PREDICTION, "evaluate", empty), (PREDICTION, "evaluate", half), (SCORES, "summarise", empty)],
-    ids=["prediction-empty", "prediction-half", "scores-empty"],
-)
-def test_a_torn_output_stops_the_run_and_its_deletion_mends_it(
-    name: str, reader: str, change: Break, run: Run, tables: dict[str, bytes]
-):
-    """Snakemake takes a file that exists, of the time it had, as done; the stage that reads it does not."""
-    change(run.folder / name)
-    assert run.planned("--", "benchmark") == {}, "Snakemake itself saw it"
-    said = run.snakemake("--show-failed-logs", "--forcerun", reader, "--", "benchmark", check=False)
-    assert f"perturbed: {name}: has " in said and "delete" in said and f"Error in rule {reader}" in said
-    (run.folder / name).unlink()
-    run.snakemake("--", name, "benchmark")
-    assert (run.folder / name).stat().st_size > 0
+@pytest.mark.parametrize("changes", [PRODUCTS, TABLES], ids=["products", "tables"])
+def test_a_torn_product_is_made_again(changes: dict[str, Break], run: Run, tables: dict[str, bytes]):
+    """Snakemake takes a file that exists as done, so the next plain run sets aside what is shorter than it was."""
+    before = tear(run, changes)
+    said = run.snakemake("--dry-run")
+    for name in changes:
+        assert re.search(rf"^perturbed: {name}: has [\d,]+ bytes, but had .* no dry run", said, flags=re.MULTILINE)
+    assert not list(run.folder.rglob("*.torn")), "a dry run changed something"
+    said = run.snakemake()
+    for name in changes:
+        assert re.search(rf"^perturbed: {name}: has .*kept as \S+\.torn, and made anew", said, flags=re.MULTILINE)
+    assert differing(run, before) == []
+    kept = sorted(run.folder.rglob("*.torn"))
+    assert len(kept) == len(changes)
+    for path in kept:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "Nothing to be done" in run.snakemake()
+
+
+@pytest.mark.bad_input
+def test_what_is_torn_on_the_way_is_made_again_when_it_is_needed(run: Run, tables: dict[str, bytes]):
+    """What was made of it before it tore stands, so that a plain run only sets it aside."""
+    before = tear(run, BETWEEN)
+    said = run.snakemake("--", "benchmark")
+    assert "Nothing to be done" in said
+    for name in BETWEEN:
+        assert re.search(rf"^perturbed: {name}: has .*made anew where it is needed", said, flags=re.MULTILINE), name
+    run.snakemake("--forcerun", "summarise", "--", "benchmark")
+    assert differing(run, before) == []
+    for path in run.folder.rglob("*.torn"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.bad_input
+def test_nothing_is_set_aside_under_a_run_that_holds_the_lock(run: Run, tables: dict[str, bytes]):
+    before = tear(run, {f"{FOLD}/leakage.json": half})
+    lock(run)
+    said = run.snakemake("--", "benchmark", check=False)
+    assert "leakage.json: has" in said and not list(run.folder.rglob("*.torn"))
+    run.snakemake("--unlock")
+    run.snakemake("--", f"{FOLD}/leakage.json", "benchmark")
+    assert differing(run, before) == []
+    (run.folder / f"{FOLD}/leakage.json.torn").unlink()
+
+
+@pytest.mark.kill_point
+def test_killed_while_it_writes_the_report(run: Run, tables: dict[str, bytes]):
+    """The report that was there stands until the new one is whole."""
+    before = {"results/report.html": (run.folder / "results/report.html").read_bytes()}
+    figures = [str(path.relative_to(run.folder)) for path in sorted(run.folder.glob("results/figures/**/*.svg"))]
+    command = ["report", *figures, "--snakefile", str(ROOT / "Snakefile"), "--config", "results/config.yaml"]
+    killed_before("report.html", [*command, "--out", "results/report.html"], run.folder)
+    assert differing(run, before) == []
+    assert (run.folder / "results/.part.report.html").is_file(), "the test killed before anything was written"
+    run.snakemake("--forcerun", "report")
+    assert differing(run, before) == [] and not list(run.folder.rglob(".part.*"))
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("years", [-10, 10])
-def test_a_skewed_clock(years: int, run: Run, tables: dict[str, bytes]):
+@pytest.mark.parametrize("name", [f"{FOLD}/split.csv", f"{FIT}/model/.snakemake_timestamp"], ids=["file", "folder"])
+def test_a_skewed_clock(name: str, years: int, run: Run, tables: dict[str, bytes]):
     """An output dated far off: at worst what depends on it runs again, once, to the same result."""
-    file = run.folder / f"{FOLD}/split.csv"
+    file, large = run.folder / name, ("--max-checksum-file-size", "1")  # as if it were too large for a checksum
     then = time.time() + years * YEAR
     os.utime(file, (then, then))
-    run.snakemake("benchmark")
+    said = run.snakemake("--dry-run", *large, "--", "benchmark")
+    assert ("dated in the future" in said) == (years > 0) and file.stat().st_mtime == pytest.approx(then)
+    run.snakemake(*large, "--", "benchmark")
+    assert "Nothing to be done" in run.snakemake(*large, "--", "benchmark")

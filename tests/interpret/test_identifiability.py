@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from perturbed.config import parse
 from perturbed.errors import ConfigError
 from perturbed.figures.identifiability import draw
 from perturbed.interpret.identifiability import Inputs, fit_network, run_setting, score_latents, start_directions
@@ -369,7 +370,13 @@ def test_settings_vary_one_factor_at_a_time() -> None:
             if value != getattr(base, part).model_dump()[key]
         ]
         assert len(changes) == (name != "base")
-    with pytest.raises(ConfigError, match="mixing_width 8"):
-        expand(IdentifiabilityStudy(world=LatentWorldOptions(mixing_width=8)))
+    for world, message in (
+        ({"mixing_width": 8}, "mixing_width 8 cannot be inverted; take 11 .all latents. to 500 .all genes."),
+        ({"n_genes": 20}, "mixing_width 64 cannot be inverted; take 11 .all latents. to 20 .all genes."),
+        ({"n_genes": 9}, "n_genes 9 cannot show 11 latents; take at least 11"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            parse(IdentifiabilityStudy, {"world": world}, "options")
+        assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="occurs twice"):
         expand(IdentifiabilityStudy(cells=(750, 750)))

@@ -119,14 +119,17 @@ def world(tmp_path_factory):
     labels = np.concatenate([[CONTROL] * 60, np.repeat(CONDITIONS, 36)])
     effect = {name: rng.normal(0, 1.2, len(genes)) for name in CONDITIONS}
     mean = np.stack([effect.get(name, np.zeros(len(genes))) for name in labels])
-    X = np.maximum(2 + mean + 0.5 * rng.normal(size=mean.shape), 0).astype(np.float32)
+    counts = rng.poisson(20 * np.exp(0.5 * mean)).astype(np.float32)
+    X = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
     cells = [f"c{i}" for i in range(len(labels))]
     obs = pd.DataFrame(
         {"perturbation": labels, "n_perturbed": (labels != CONTROL).astype(int), "context": "all"}, cells
     )
     var = pd.DataFrame({"gene_id": genes, "symbol": genes}, genes)
-    uns = {"perturbed": {"values": "log1p"}}
-    write_h5ad(folder / "prepared.h5ad", AnnData(sparse.csr_matrix(X), obs=obs, var=var, uns=uns))
+    layers, uns = {"counts": sparse.csr_matrix(counts)}, {"perturbed": {"values": "counts"}}
+    write_h5ad(folder / "prepared.h5ad", AnnData(sparse.csr_matrix(X), obs=obs, var=var, uns=uns, layers=layers))
+    vectors = pd.DataFrame(mean @ rng.normal(size=(len(genes), 5)) + rng.normal(size=(len(cells), 5)), cells)
+    vectors.sample(frac=1, random_state=0).to_csv(folder / "vectors.csv")  # found by name, not by place
     held = (np.arange(len(labels)) % 3 == 0) & (labels != CONTROL)
     subgroup = np.where(held, "single_seen_heldout_cells", "")
     table = pd.DataFrame({"perturbation": labels, "part": np.where(held, "test", "train"), "subgroup": subgroup}, cells)
@@ -138,8 +141,14 @@ def world(tmp_path_factory):
     features = pd.DataFrame({"mean": train.mean(0), "sd": train.std(0)}, pd.Index(genes, name="gene"))
     features = features.assign(**{f"pc{i + 1}": loadings[:, i] for i in range(6)})
     write_features(folder / "features.csv", Features(features, {"split_sha256": sha, "upstream": False, "spec": {}}))
-    data = load_training_data(folder / "prepared.h5ad", folder / "split.csv", folder / "features.csv")
-    for name, extra in (("perturbedvae", {"n_nu": 4, "n_iota": 3, "n_hidden": 12, "epochs": 3}), ("additive", {})):
+    files = {"cell_embedding": folder / "vectors.csv"}
+    data = load_training_data(folder / "prepared.h5ad", folder / "split.csv", folder / "features.csv", files)
+    for name, extra in (
+        ("perturbedvae", {"n_nu": 4, "n_iota": 3, "n_hidden": 12, "epochs": 3}),
+        ("scvi_additive", {"n_latent": 6, "n_hidden": 16, "epochs": 30, "n_samples": 0, "n_control": 5}),
+        ("embedding_cells", {}),
+        ("additive", {}),
+    ):
         spec = load_method_spec(name, METHODS)
         method = build(spec, extra)
         method.fit(data, FitRun(seed=4, progress=False))
@@ -169,6 +178,26 @@ def test_a_split_is_probed_from_files_and_drawn(world, tmp_path):
     pd.testing.assert_frame_equal(table, again)
     save(draw(table), table, tmp_path / "probes")
     assert "chance" not in (tmp_path / "probes.svg").read_text() and (tmp_path / "probes.png").stat().st_size > 5000
+
+
+def test_latents_of_scvi_and_vectors_from_a_file_are_probed(world, tmp_path):
+    """The vectors tell the conditions apart, and only where each cell gets its own."""
+    models = {"scvi_additive@4": world / "scvi_additive", "embedding_cells@4": world / "embedding_cells"}
+    table = run(world, tmp_path / "probe.csv", models)
+    found = table[table["metric"] == "balanced_accuracy"].set_index("representation")
+    assert found.loc["scvi_additive", "n_dimensions"] == 6 and found.loc["embedding_cells", "n_dimensions"] == 5
+    assert found.loc["embedding_cells", "value"] > 0.8
+    assert found.loc["scvi_additive", "value"] > 2 * found.loc["scvi_additive", "chance_high"]
+    vectors = pd.read_csv(world / "vectors.csv", index_col=0)
+    kept = vectors.to_csv()
+    try:
+        shuffled = vectors.set_axis(np.random.default_rng(1).permutation(vectors.index))
+        shuffled.to_csv(world / "vectors.csv")
+        table = run(world, tmp_path / "shuffled.csv", {"embedding_cells@4": world / "embedding_cells"})
+        row = table[table["metric"] == "balanced_accuracy"].set_index("representation").loc["embedding_cells"]
+        assert row["value"] < row["chance_high"] + 0.1
+    finally:
+        (world / "vectors.csv").write_text(kept)
 
 
 def test_cells_that_an_encoder_may_have_seen_are_refused(world, tmp_path):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from scipy import sparse
 
 from perturbed.models.base import TrainingData
@@ -106,3 +111,35 @@ def reorder(data: TrainingData, order: np.ndarray) -> TrainingData:
         loadings=data.loadings[order],
         counts=None if data.counts is None else data.counts[:, order],
     )
+
+
+@contextmanager
+def carried_weights(order: np.ndarray) -> Iterator[None]:
+    """Initial weights drawn inside go with their genes: gene `order[i]` of before has its weights at place i.
+
+    An axis of a weight belongs to the genes where it is as long as them, or longer: what else a layer reads or writes
+    stands behind them. Draws from a generator of their own are no weights.
+    """
+
+    def carry(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def drawn(*args: Any, **options: Any) -> torch.Tensor:
+            found = draw(*args, **options)
+            if options.get("generator") is None:
+                with torch.no_grad():
+                    found.copy_(_take_genes(found, torch.from_numpy(order)))
+            return found
+
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "uniform_", "normal_"):
+            patch.setattr(torch.nn.init, name, carry(getattr(torch.nn.init, name)))
+        patch.setattr(torch, "randn", carry(torch.randn))
+        yield
+
+
+def _take_genes(weights: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    for axis, size in enumerate(weights.shape):
+        if size >= len(order):
+            weights = weights.index_select(axis, torch.cat([order, torch.arange(len(order), size)]))
+    return weights

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from planted_cells import Planted, plant
+from planted_cells import Planted, only, plant
 
 import perturbed
 from perturbed.errors import ConfigError, DataError, MethodError, UnseenPerturbationError
@@ -17,7 +19,8 @@ from perturbed.models.baselines import Additive
 from perturbed.models.perturbedvae import PerturbedVAE as Method
 from perturbed.models.perturbedvae import PerturbedVAEParams
 
-FOLDER = Path(__file__).parents[2] / "config" / "methods"
+ROOT = Path(__file__).parents[2]
+FOLDER, README = ROOT / "config" / "methods", ROOT / "README.md"
 QUICK = {"n_nu": 4, "n_iota": 3, "n_hidden": 16, "epochs": 4, "lr": 3e-3, "n_samples": 0, "batch_size": 32}
 
 
@@ -42,15 +45,20 @@ def model(cells):
     return perturbed.PerturbedVAE(cells, **QUICK).fit(seed=3, progress=False)
 
 
-def test_the_five_lines_of_the_readme(cells, tmp_path):
-    model = perturbed.PerturbedVAE(cells, **QUICK).fit(seed=0)
-    means = model.predict(["G00+G01", "G00+G01+G02"])
-    background = model.get_latent_representation()
-    model.save(tmp_path / "model")
-    again = perturbed.PerturbedVAE.load(tmp_path / "model")
-    assert means.shape == (2, cells.n_vars)
-    assert background.shape == (cells.n_obs, 3)
-    pd.testing.assert_frame_equal(again.predict(["G00+G01", "G00+G01+G02"]), means)
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (block,) = [textwrap.dedent(block) for block in blocks if "perturbed.PerturbedVAE" in block]
+    planted = plant(n_single=4, combos=("G01+G02",), n_cells=15, n_control=20).data
+    cells = as_anndata(Planted(only(planted, planted.perturbation != "G00"), {}, np.zeros(0)))
+    letters = str.maketrans({"G": None, "0": None, "1": "A", "2": "B", "3": "C"})
+    cells.obs["perturbation"] = [name.translate(letters) for name in cells.obs["perturbation"]]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block, str(README), "exec"), names)
+    assert list(names["means"].index) == ["A+B", "A+B+C"] and list(names["means"].columns) == list(cells.var_names)
+    assert np.isfinite(names["means"].to_numpy()).all()
+    assert names["z_iota"].shape == (cells.n_obs, names["model"].method.params.n_iota)
 
 
 def test_importing_the_package_does_not_import_torch():

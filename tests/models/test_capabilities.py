@@ -54,6 +54,15 @@ def test_every_pair_has_a_row_and_every_refusal_a_reason(cards):
     assert set(found.loc["named", "environment"]) == {"gears"}
 
 
+def test_a_file_of_the_methods_own_stands_in_for_the_datasets(cards, tmp_path):
+    file = tmp_path / "{dataset}.gmt"
+    methods = {"own": spec("gene_sets", files={"gene_sets": str(file)})}
+    (tmp_path / "norman2019_combo1000.gmt").touch()
+    table = tabulate(methods, cards).set_index("dataset")
+    assert dict(table["runs"]) == {"norman2019_combo1000": True, "norman2019_hvg500": False, "simulation": False}
+    assert table["reason"]["simulation"] == f"needs gene sets; {tmp_path / 'simulation.gmt'} is not there"
+
+
 def test_methods_that_need_counts_say_so_in_their_file_and_refuse_data_without():
     """What the planner leaves out by name, the class refuses in one line when it is used directly."""
     data = plant(n_single=2, n_cells=3, n_control=3).data

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -10,7 +11,7 @@ from planted_cells import plant
 from scipy import sparse
 
 from perturbed.errors import DataError, MethodError, UnseenPerturbationError
-from perturbed.models.base import FitRun, TrainingData
+from perturbed.models.base import FitRun, TrainingData, load_method_spec, load_model, save_model
 from perturbed.models.baselines import measure_effects
 from perturbed.models.embedding import (
     CellEmbedding,
@@ -23,6 +24,7 @@ from perturbed.models.embedding import (
 from perturbed.names import CONTROL
 
 RUN = FitRun(progress=False)
+METHODS = [Path(__file__).parents[2] / "config" / "methods"]
 
 
 def write_csv(path, names, values):
@@ -216,3 +218,22 @@ def test_missing_cells_are_counted(tmp_path):
     nameless = replace(data, cells=np.array([], dtype=object), files={"cell_embedding": path})
     with pytest.raises(MethodError, match="without names"):
         CellEmbedding().fit(nameless, RUN)
+
+
+def test_cells_are_represented_by_their_own_vectors_also_after_loading(tmp_path):
+    data, *_ = linear_world(noise=0.1)
+    order = np.random.default_rng(2).permutation(len(data.cells))
+    vectors = np.random.default_rng(3).normal(size=(len(order) + 1, 4))
+    path = write_csv(tmp_path / "c.csv", ["a test cell", *data.cells[order]], vectors)
+    method = CellEmbedding(CellEmbeddingParams(n_components=2))
+    method.fit(with_file(data, "cell_embedding", path), RUN)
+    save_model(tmp_path / "model", method, load_method_spec("embedding_cells", METHODS))
+    loaded = load_model(tmp_path / "model")
+    wanted = ["a test cell", data.cells[order[2]]]
+    for one in (method, loaded):
+        np.testing.assert_allclose(one.represent_cells(data.X[:2], wanted), vectors[[0, 3]], rtol=1e-12)
+    with pytest.raises(MethodError, match="no vector for 1 of 1 cells, such as 'stranger'"):
+        loaded.represent_cells(data.X[:1], ["stranger"])
+    path.unlink()
+    with pytest.raises(DataError, match="not a readable table of vectors"):
+        loaded.represent_cells(data.X[:2], wanted)

@@ -94,3 +94,44 @@ def test_blocks_hold_one_label_and_every_row_once():
     again = np.concatenate(list(batch_by_blocks(labels, 5, rows, 20, np.random.default_rng(1))))
     np.testing.assert_array_equal(order, again)
     assert not np.array_equal(order, np.concatenate(list(batch_by_blocks(labels, 5, rows, 20, rng))))
+
+
+def test_matched_cycle_partners_are_in_the_same_phase():
+    data = plant(n_single=3, n_cells=40, n_control=80).data
+    phase = np.random.default_rng(2).integers(0, 3, len(data.perturbation))
+    x = data.X.toarray()
+    for i in range(2):  # the third phase expresses neither
+        x[:, 10 + 8 * i : 18 + 8 * i] += 4 * (phase == i)[:, None]
+    x[data.perturbation == "G01", 10:18] += 3  # what moves a whole condition is no phase
+    names = [*data.genes[:10], *S_GENES.split()[:8], *G2M_GENES.split()[:8], *data.genes[26:]]
+    data = replace(data, X=sparse.csr_matrix(x), genes=tuple(names))
+    rows = np.flatnonzero(data.perturbation != "control")
+    cells = PairedCells(data, data.seen_genes, ("all",), partners="matched_cycle")
+    for draw in range(3):
+        partners = cells.draw_partners(rows, np.random.default_rng(draw))
+        assert (phase[partners] == phase[rows]).mean() > 0.9  # of random ones a third
+
+
+def test_partners_are_control_cells_of_the_same_context_drawn_over_all_of_them():
+    data = plant(contexts=("a", "b"), n_single=3, n_cells=20, n_control=6, val_fraction=0.2).data
+    cells = PairedCells(data, data.seen_genes, ("a", "b"))
+    rows = np.tile(np.arange(len(data.perturbation)), 20)
+    partners = cells.draw_partners(rows, np.random.default_rng(0))
+    assert (data.perturbation[partners] == "control").all()
+    np.testing.assert_array_equal(data.context[partners], data.context[rows])
+    assert not data.is_val[partners].any()
+    assert set(partners) == set(np.flatnonzero((data.perturbation == "control") & ~data.is_val))
+
+
+def test_a_batch_holds_the_cells_their_partners_and_their_conditions():
+    data = plant(n_single=3, combos=("G00+G02",), n_cells=4, n_control=5, counts=True).data
+    cells = PairedCells(data, data.seen_genes, ("all",), counts=True)
+    rows = np.array([0, 7, 19, 20, 10])
+    partners = cells.draw_partners(rows, np.random.default_rng(4))
+    batch = cells.batch(rows, np.random.default_rng(4))
+    np.testing.assert_array_equal(batch.x.numpy(), data.X[np.concatenate([rows, partners])].toarray())
+    for u, row in zip(batch.conditions[batch.condition].numpy(), rows):
+        named = {gene for gene, hot in zip(data.seen_genes, u) if hot}
+        assert "+".join(sorted(named)) == data.perturbation[row].replace("control", "")
+    assert len(batch.conditions) == len(set(data.perturbation[rows]))
+    np.testing.assert_allclose(cells.normalising_factor(rows), 1e3 / data.library[rows], rtol=1e-5)

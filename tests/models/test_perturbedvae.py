@@ -10,7 +10,7 @@ from planted_cells import only, plant
 from perturbed.errors import MethodError, UnseenPerturbationError
 from perturbed.models.base import FitRun
 from perturbed.models.baselines import MeanEffect
-from perturbed.models.cells import Batch, PairedCells
+from perturbed.models.cells import Batch
 from perturbed.models.nn.likelihoods import Counts
 from perturbed.models.perturbedvae import PerturbedVAE, PerturbedVAEParams
 from perturbed.models.perturbedvae_module import Architecture, Draws, PerturbedVAEModule
@@ -246,34 +246,6 @@ def test_active_units_are_counted():
     assert module.loss(batch, draws, **WEIGHTS).active_iota == 1
 
 
-# --- cells --------------------------------------------------------------------------------------------------------
-
-
-def test_partners_are_control_cells_of_the_same_context_drawn_over_all_of_them():
-    data = plant(contexts=("a", "b"), n_single=3, n_cells=20, n_control=6, val_fraction=0.2).data
-    cells = PairedCells(data, data.seen_genes, ("a", "b"))
-    rows = np.tile(np.arange(len(data.perturbation)), 20)
-    partners = cells.draw_partners(rows, np.random.default_rng(0))
-    assert (data.perturbation[partners] == "control").all()
-    np.testing.assert_array_equal(data.context[partners], data.context[rows])
-    assert not data.is_val[partners].any()
-    assert set(partners) == set(np.flatnonzero((data.perturbation == "control") & ~data.is_val))
-
-
-def test_a_batch_holds_the_cells_their_partners_and_their_conditions():
-    data = plant(n_single=3, combos=("G00+G02",), n_cells=4, n_control=5, counts=True).data
-    cells = PairedCells(data, data.seen_genes, ("all",), counts=True)
-    rows = np.array([0, 7, 19, 20, 10])
-    partners = cells.draw_partners(rows, np.random.default_rng(4))
-    batch = cells.batch(rows, np.random.default_rng(4))
-    np.testing.assert_array_equal(batch.x.numpy(), data.X[np.concatenate([rows, partners])].toarray())
-    for u, row in zip(batch.conditions[batch.condition].numpy(), rows):
-        named = {gene for gene, hot in zip(data.seen_genes, u) if hot}
-        assert "+".join(sorted(named)) == data.perturbation[row].replace("control", "")
-    assert len(batch.conditions) == len(set(data.perturbation[rows]))
-    np.testing.assert_allclose(cells.normalising_factor(rows), 1e3 / data.library[rows], rtol=1e-5)
-
-
 # --- the method ---------------------------------------------------------------------------------------------------
 
 
@@ -289,19 +261,6 @@ def test_the_zero_condition_gives_the_control_model():
         z_nu = (torch.linalg.inv(torch.eye(4) - lower) @ inputs.view(4, 3) @ z_iota.T).T
         expected = method.module.decode(z_nu, z_iota).mean(0)
     np.testing.assert_allclose(method.predict_one("control", "all")["mean"], expected.numpy(), atol=1e-5)
-
-
-def test_alignment_pulls_the_background_of_perturbed_and_control_cells_together():
-    data = plant(n_cells=60).data
-    weak = {"kl_weight_nu": 1e-4, "kl_weight_iota": 1e-4, "epochs": 15}
-
-    def distance(alpha: float) -> float:
-        rows: list[dict] = []
-        method = PerturbedVAE(params(alpha=alpha, **weak))
-        method.fit(data, FitRun(progress=False, history=rows.append))
-        return rows[-1]["alignment"]
-
-    assert distance(0.5) < 0.2 * distance(0.0)
 
 
 def test_latents_are_those_of_the_module_and_only_the_response_sees_the_condition():
@@ -323,39 +282,6 @@ def test_latents_are_those_of_the_module_and_only_the_response_sees_the_conditio
     np.testing.assert_allclose(method.encode_response(data.X, names), z_nu.numpy(), atol=1e-5)
     with pytest.raises(UnseenPerturbationError, match="G20"):
         method.encode_response(data.X[:1], np.array(["G20"]))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"response_posterior": "autoregressive"},
-        {"mmd_weight": 1.0, "mmd_width": 20.0},
-        {"partners": "matched_pca"},
-        {"warm_up_delay": 2},
-        {"precision": "bfloat16"},
-    ],
-)
-def test_every_option_changes_the_fit_and_predicts(options):
-    data = plant().data
-    plain, other = (fitted(data, n_samples=0, **o).predict_one("G00+G01+G02", "all")["mean"] for o in ({}, options))
-    assert np.isfinite(other).all()
-    assert not np.array_equal(plain, other)
-    assert np.corrcoef(plain, other)[0, 1] > 0.9
-
-
-def test_the_mmd_is_refused_for_counts():
-    with pytest.raises(MethodError, match="mmd_weight"):
-        PerturbedVAE(params(likelihood="nb", mmd_weight=1.0))
-
-
-def test_anchor_moves_the_control_prediction_onto_the_control_mean():
-    planted = plant()
-    control = only(planted.data, planted.data.perturbation == "control").X.mean(axis=0)
-    off, on = (fitted(planted.data, anchor=anchor, n_samples=0) for anchor in (False, True))
-    np.testing.assert_allclose(on.predict_one("control", "all")["mean"], np.asarray(control).ravel(), atol=1e-5)
-    shift = on.predict_one("control", "all")["mean"] - off.predict_one("control", "all")["mean"]
-    both = on.predict_one("G01+G02", "all")["mean"] - off.predict_one("G01+G02", "all")["mean"]
-    np.testing.assert_allclose(both, shift, atol=1e-5)
 
 
 def test_contexts_start_from_their_own_control_cells():

@@ -12,12 +12,19 @@ from scipy import sparse
 from perturbed.errors import MethodError, UnseenPerturbationError
 from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.baselines import Additive
-from perturbed.models.interaction import curvature, fit_interaction, product_kernel, saturate_norm, shared_kernel
+from perturbed.models.interaction import (
+    add_on_link,
+    curvature,
+    fit_interaction,
+    product_kernel,
+    saturation,
+    shared_kernel,
+)
 from perturbed.models.shrunk_interaction import ShrunkInteraction, ShrunkInteractionParams
 from perturbed.models.shrunk_saturating import ShrunkSaturating, saturate
 from perturbed.names import CONTROL, genes_of, join_genes
 
-ADDITIVE = ShrunkInteractionParams(saturation=0.0)
+ADDITIVE = ShrunkInteractionParams(saturation=0.0, link_offset=1.0)  # as the worlds below are made
 
 
 def world(
@@ -132,11 +139,32 @@ def test_nothing_is_learnt_from_doubles_that_only_add():
     assert error(fitted(data), means, tested) < 1.1 * error(alone, means, tested)
 
 
-def test_prior_shortens_long_sums_and_keeps_their_direction():
-    total = np.array([[3.0, 4.0], [0.0, 0.0]])
-    np.testing.assert_allclose(saturate_norm(total, 0.5, 5.0), total)
-    np.testing.assert_allclose(saturate_norm(4 * total, 0.5, 5.0), 2 * total)
-    np.testing.assert_array_equal(saturate_norm(total, 0.0, 2.0), total)
+def test_prior_shortens_long_sums():
+    total = np.array([3.0, 4.0])
+    assert saturation(total, 0.5, 5.0) == 1.0
+    assert saturation(4 * total, 0.5, 5.0) == 0.5
+    assert saturation(total, 0.0, 2.0) == saturation(0 * total, 0.5, 5.0) == 1.0
+
+
+def test_effects_that_multiply_expression_add_on_the_link():
+    rng = np.random.default_rng(3)
+    rate = rng.uniform(0.5, 20, 50)
+    folds = np.exp(rng.normal(0, 0.7, (3, 50)))
+    background, alone = np.log1p(rate), np.log1p(rate * folds)
+    expected = np.log1p(rate * folds.prod(axis=0)) - background
+    np.testing.assert_allclose(add_on_link(alone - background, background, 1e-12), expected, atol=1e-9)
+    halfway = np.log1p(rate * np.sqrt(folds.prod(axis=0))) - background
+    np.testing.assert_allclose(add_on_link(alone - background, background, 1e-12, 0.5), halfway, atol=1e-9)
+    # Offset 1 is the plain sum, and one near 1 is near it; one effect alone is kept whatever the offset.
+    total = (alone - background).sum(axis=0)
+    np.testing.assert_allclose(add_on_link(alone - background, background, 1.0), total)
+    inside = background + total > 0
+    np.testing.assert_allclose(add_on_link(alone - background, background, 1 - 1e-9)[inside], total[inside], atol=1e-6)
+    np.testing.assert_allclose(add_on_link((alone - background)[:1], background, 0.1), (alone - background)[0])
+    # Genes that are off, before or after, stay finite and never negative.
+    silent = background + add_on_link(-2 * np.stack([background] * 2), background, 0.1)
+    np.testing.assert_allclose(silent, 0.0, atol=1e-12)
+    assert np.isfinite(add_on_link(np.full((2, 3), 0.5), np.array([-0.01, 0.0, 1e-9]), 0.1)).all()
 
 
 def test_kernels_are_inner_products_of_the_features_they_stand_for():
@@ -252,4 +280,6 @@ def test_shrunk_saturating_is_its_recipe():
     joined = np.where(a * b > 0, np.sign(a) * np.sqrt(a**2 + b**2), a + b)
     expected = cells[CONTROL].mean(axis=0) + joined
     np.testing.assert_allclose(model.predict_one("G01+G04", "all")["mean"], expected, atol=1e-5)
-    np.testing.assert_allclose(saturate(np.array([3.0, 3, -3]), np.array([4.0, -4, -4])), [5, -1, -5])
+    pair, third = np.array([[3.0, 3, -3], [4.0, -4, -4]]), np.array([[12.0, 4, 0]])
+    np.testing.assert_allclose(saturate(pair), [5, -1, -5])
+    np.testing.assert_allclose(saturate(np.vstack([third, pair])), [13, 1, -5])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from perturbed import training
-from perturbed.checkpoints import previous_of
+from perturbed.checkpoints import previous_of, read_checkpoint, write_checkpoint
 from perturbed.errors import MethodError
 from perturbed.models.base import FitRun
 from perturbed.models.nn.mlp import build_mlp
@@ -152,6 +153,24 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path, caplog, change):
     with caplog.at_level(logging.WARNING, logger="perturbed"):
         train(task, options, FitRun(seed=int(change == "seed"), checkpoint=path, progress=False))
     assert "other data or hyper-parameters" in caplog.text
+
+
+def test_a_checkpoint_of_a_gpu_is_gone_on_with_on_the_cpu_which_is_said(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "checkpoint.pt"
+    interrupt_after(3, path)
+    content = torch.load(path, weights_only=True)
+    meta = json.loads(content["meta"])
+    found = read_checkpoint(path, meta["identity"])
+    assert found is not None
+    write_checkpoint(path, meta | {"device": "cuda"}, found[1] | {"torch": torch.zeros(16, dtype=torch.uint8)})
+    run = FitRun(checkpoint=path, progress=False)
+    with caplog.at_level(logging.WARNING, logger="perturbed"):
+        history = train(make_task(), OPTIONS, run)
+    assert run.notes == ["from step 20 of a checkpoint of cuda: not the bytes of a fit on one device"]
+    assert run.notes[0] in caplog.text
+    whole = run_through()[1]
+    assert history.epochs[:4] == whole[:4]
+    assert history.epochs[4] != whole[4]
 
 
 def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from judge_server import asked_about, verdict
 
-from perturbed.pathways.judge_providers import Reply
+from perturbed.files import sha256_text
+from perturbed.pathways.judge_providers import Reply, read_completion
 from perturbed.pathways.judge_spec import JudgeSpec
 
 LISTS = ("gradient_unperturbed", "gradient_perturbed", "median_decoded")
@@ -66,6 +69,87 @@ class Oracle:
         text = messages[-1]["content"]
         self.asked.append(text)
         return Reply("answer", self.answer(text, self.asked.count(text) - 1), 0.5, "so", "oracle", 10, 5, 0.1)
+
+
+class Client:
+    """A provider in this process whose answers are read as those of a server are: `script` as of `JudgeServer`."""
+
+    server = "in process"
+
+    def __init__(self, script: Any) -> None:
+        self.script = script
+
+    def ask(self, messages: list[dict[str, str]], seed: int | None) -> Reply:
+        what = self.script({"messages": messages, "seed": seed}, 0)
+        choice = SimpleNamespace(message=SimpleNamespace(content=what["content"], refusal=None), finish_reason="stop")
+        usage = SimpleNamespace(prompt_tokens=100, completion_tokens=20)
+        return read_completion(SimpleNamespace(choices=[choice], model="client", usage=usage), 0.0, "text")
+
+
+# --- worlds whose pathways' names say which are relevant ----------------------------------------------------------
+
+SHARE = 0.4
+"""Share of relevant names where nothing is planted; and of `yes` where a judge does not read names."""
+PLACED = {
+    "gradient_unperturbed": (0, 12),
+    "gradient_perturbed": (8, 20),
+    "median_decoded": (20, 32),
+    "random": (28, 40),
+}
+"""Lists by their places in a row of pathways: two neighbours share four."""
+
+
+def write_named_world(
+    folder: Path, preference: float, seed: int, n_pathways: int = 200
+) -> tuple[Path, dict[str, Path]]:
+    """A folder of `perturbed enrich` with its GMT file, each seed another one.
+
+    Pathways are named as insulin's or as another's. `preference` multiplies the odds that a pathway of the gradients'
+    lists is insulin's; nothing but the name tells.
+    """
+    rng = np.random.default_rng([11, seed])
+    odds = np.full(n_pathways, SHARE / (1 - SHARE))
+    odds[: PLACED["gradient_perturbed"][1]] *= preference
+    relevant = rng.random(n_pathways) < odds / (1 + odds)
+    number = rng.permutation(n_pathways)
+    names = [f"{'Insulin' if yes else 'Other'} pathway {i:03d}" for yes, i in zip(relevant, number)]
+    sizes = np.round(np.exp(rng.normal(3.2, 0.8, n_pathways))).astype(int).clip(5, 400)
+    out, gmt = folder / "enrichment", folder / "wiki.gmt"
+    out.mkdir(parents=True)
+    gmt.write_text("".join(f"{name}\t\tG0\n" for name in names))
+    pd.DataFrame({"library": "wiki", "pathway": names, "set_size": sizes}).to_csv(out / "enrichment.csv", index=False)
+    top = [
+        {"library": "wiki", "list": name, "group": "all", "pathway": pathway}
+        for name, (first, last) in PLACED.items()
+        for pathway in names[first:last]
+    ]
+    pd.DataFrame(top).to_csv(out / "top.csv", index=False)
+    return out, {"wiki": gmt}
+
+
+def read_names(pathway: str) -> bool:
+    """A judge that finds relevant what is named so."""
+    return pathway.startswith("Insulin")
+
+
+def toss_coins(seed: int) -> Any:
+    """A judge that knows nothing: a coin of its own for every name, whatever the name says."""
+    return lambda pathway: _uniform(f"{seed} {pathway}") < SHARE
+
+
+def answer_noisily(find_relevant: Any, noise: float = 0.03) -> Any:
+    """A script that says what `find_relevant` says of the pathway, but for a share of votes, by the seed sent."""
+
+    def script(request: dict[str, Any], before: int) -> dict[str, Any]:
+        pathway = asked_about(request)
+        wrong = _uniform(f"{request['seed']} {pathway}") < noise
+        return verdict("yes" if find_relevant(pathway) != wrong else "no")
+
+    return script
+
+
+def _uniform(text: str) -> float:
+    return int(sha256_text(text)[:12], 16) / 16**12
 
 
 COMMAND_LINE = "from perturbed.cli import main; main()"

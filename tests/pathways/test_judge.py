@@ -100,6 +100,19 @@ def test_random_pathways_are_tested_unlisted_and_of_the_chosen_test(world):
     assert (panel.pathways["set_size"].to_numpy() == enrichment[panel.pathways["pathway"]].to_numpy()).all()
 
 
+def test_what_random_genes_found_can_be_drawn_and_is_asked_about_once(world, tmp_path):
+    folder, libraries = world
+    other = tmp_path / "enrichment"
+    other.mkdir()
+    for name in ("top", "enrichment"):
+        table = pd.read_csv(folder / f"{name}.csv")
+        table.replace({"list": {LISTS[2]: "random"}}).to_csv(other / f"{name}.csv", index=False)
+    panel = read_panel(other, libraries, make_spec()).pathways
+    control = panel["lists"] == "random (all)"
+    assert panel["pathway"].is_unique and panel["is_random"].sum() == 100 and control.sum() == 10
+    assert 0 < (control & panel["is_random"]).sum() < 10  # 125 candidates, ten of them the control's
+
+
 def test_random_pathways_are_as_large_as_the_listed():
     rng = np.random.default_rng(0)
     candidates = np.round(np.exp(rng.normal(3, 0.9, 400)))
@@ -164,12 +177,12 @@ def test_tables_hold_votes_verdicts_and_odds(world, tmp_path):
     assert (verdicts["votes_yes"] + verdicts["votes_no"] == 3).all()
     assert len(tables["answers"]) == 375 and set(tables["answers"]["status"]) == {"answer"}
     odds = tables["odds"].set_index("list")
-    assert list(odds.index) == ["all lists", *LISTS]
+    assert list(odds.index) == ["gradient lists", *LISTS]
     for name in LISTS:
         inside = verdicts["lists"].str.contains(name, na=False)
         assert odds.loc[name, "n_yes"] == (verdicts[inside]["verdict"] == "yes").sum()
         assert odds.loc[name, ["n", "n_random"]].tolist() == [10, 100]
-    assert odds.loc["all lists", "n"] == 25  # five pathways are in two lists and count once
+    assert odds.loc["gradient lists", "n"] == 15  # without the rival's; five are in both lists and count once
     every = tables["agreement"].set_index("pathways").loc["all"]
     assert every["share_unanimous"] == pytest.approx(1 - split.mean(), abs=1e-5) and 0 < every["kappa"] < 1
 

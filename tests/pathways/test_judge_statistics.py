@@ -1,4 +1,4 @@
-"""The judge's statistics against slow definitions, and their promises on answers made up by a simulation."""
+"""The judge's statistics against slow definitions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from scipy.stats import binom
 from scipy.stats.contingency import odds_ratio
 
+from perturbed.evaluation.statistics import holm
 from perturbed.pathways.judge_statistics import (
-    ALL,
+    POOLED,
     _agreement,
     compare_odds,
     decide,
@@ -117,52 +118,30 @@ def test_coverage_is_exact_enough_whatever_the_share_of_yes():
             assert 0.95 <= covered <= 0.99, (true, share)
 
 
-# --- 200 runs of a judge ----------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def simulate(rng: np.random.Generator, preference: float, n_pathways: int = 200) -> pd.DataFrame:
-    """One enrichment of three lists that share pathways, judged by three noisy votes; `odds_ratio` per list.
-
-    `preference` multiplies the odds that a listed pathway is truly relevant; at 1 no answer depends on the lists.
-    """
-    names = np.array([f"p{i:03d}" for i in range(n_pathways)])
-    order = rng.permutation(n_pathways)
-    lists = {"one": order[:10], "two": order[5:15], "three": order[20:30]}
-    listed = np.unique(np.concatenate(list(lists.values())))
-    random = rng.choice(np.setdiff1d(np.arange(n_pathways), listed), 100, replace=False)
-    odds = np.full(n_pathways, 0.4 / 0.6)
-    odds[listed] *= preference
-    relevant = rng.random(n_pathways) < odds / (1 + odds)
-    votes = (rng.random((3, n_pathways)) < np.where(relevant, 0.97, 0.03)).sum(axis=0)
-    verdict = np.array([decide(int(v), 3 - int(v), 3, "majority") for v in votes])
-    chosen = np.concatenate([listed, random])
+def test_rivals_are_not_pooled_and_random_genes_are_a_control():
+    names = [f"p{i:02d}" for i in range(40)]
+    yes = [i < 8 or i % 2 == 0 for i in range(40)]
     verdicts = pd.DataFrame(
-        {"library": "l", "pathway": names[chosen], "set_size": 10, "is_random": np.isin(chosen, random),
-         "verdict": verdict[chosen]}
+        {"library": "l", "pathway": names, "set_size": 10, "is_random": [i >= 20 for i in range(40)],
+         "verdict": np.where(yes, "yes", "no")}
     )  # fmt: skip
-    members = [pd.DataFrame({"library": "l", "list": k, "group": "", "pathway": names[v]}) for k, v in lists.items()]
-    return tabulate_odds(verdicts, pd.concat(members)).set_index("list")
-
-
-def test_answers_blind_to_the_list_are_covered_and_rarely_significant():
-    runs = [simulate(np.random.default_rng([7, run]), preference=1) for run in range(200)]
-    for name in ("one", "two", "three", ALL):
-        rows = pd.DataFrame([run.loc[name] for run in runs])
-        covered = ((rows["low"] <= 1) & (rows["high"] >= 1)).mean()
-        assert 0.93 <= covered <= 0.99, name
-        assert (rows["p"] < 0.05).mean() <= 0.07, name
-    any_list = np.mean([(run.drop(ALL)["p_holm"] < 0.05).any() for run in runs])
-    assert any_list <= 0.07  # over the lists of a run, adjusted
-
-
-def test_a_planted_preference_is_recovered():
-    runs = [simulate(np.random.default_rng([8, run]), preference=6) for run in range(200)]
-    every = pd.DataFrame([run.loc[ALL] for run in runs])
-    assert 0.93 <= ((every["low"] <= 6) & (every["high"] >= 6)).mean() <= 0.99
-    assert np.median(every["odds_ratio"]) == pytest.approx(6, rel=0.2)
-    assert (every["p"] < 0.05).mean() > 0.8
-    one = pd.DataFrame([run.loc["one"] for run in runs])
-    assert 0.93 <= ((one["low"] <= 6) & (one["high"] >= 6)).mean() <= 0.99
+    lists = {"gradient_unperturbed": (0, 6), "gradient_perturbed": (4, 10), "pseudobulk": (10, 16), "random": (14, 22)}
+    members = [
+        pd.DataFrame({"library": "l", "list": name, "group": "all", "pathway": names[first:last]})
+        for name, (first, last) in lists.items()
+    ]
+    odds = tabulate_odds(verdicts, pd.concat(members)).set_index("list")
+    assert list(odds.index) == [POOLED, *lists]
+    assert odds["n"].tolist() == [10, 6, 6, 6, 8] and odds.loc[POOLED, "n_yes"] == 9
+    assert odds["n_random"].tolist() == [20, 20, 20, 20, 18]  # two of the control's were drawn, and compared to others
+    claims = list(lists)[:3]
+    assert odds.loc[[POOLED, "random"], "p_holm"].isna().all()
+    assert odds.loc[claims, "p_holm"].to_numpy() == pytest.approx(holm(odds.loc[claims, "p"].to_numpy()))
+    only = tabulate_odds(verdicts, pd.concat(members[2:]))
+    assert POOLED not in set(only["list"])  # no gradients, nothing to pool
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathway_world import make_rankings, random_sets, write_gmt, write_rankings
 
 from perturbed.config import parse
 from perturbed.errors import DataError
+from perturbed.figures.pathway_table import write_pathway_table
 from perturbed.figures.pathways import draw_pathways, shorten
 from perturbed.pathways.enrichment import write_enrichment
 from perturbed.pathways.spec import EnrichmentSpec
@@ -91,3 +92,27 @@ def test_the_published_table_is_the_papers() -> None:
     assert len(verdicts) == verdicts["pathway"].nunique() == 30 and (verdicts["verdict"] == "yes").sum() == 26
     named = bars.dropna(subset="pathway").merge(verdicts, on="pathway", how="left", suffixes=("", "_final"))
     assert (named["verdict"] == named["verdict_final"]).all()
+
+
+def test_the_table_holds_the_bars_and_the_papers_beside_them(folder: Path, tmp_path: Path) -> None:
+    verdicts = pd.DataFrame({"pathway": ["SET003"], "library": "lib", "verdict": "yes"})
+    verdicts.to_csv(tmp_path / "verdicts.csv", index=False)
+    paper = pd.read_csv(PUBLISHED, comment="#", dtype=str, keep_default_na=False)
+    own = paper[(paper["kind"] == "verdict") & (paper["verdict"] == "no")].head(1).assign(pathway="Set003")
+    pd.concat([paper, own]).to_csv(tmp_path / "paper.csv", index=False)
+    write_pathway_table(folder, tmp_path / "verdicts.csv", tmp_path / "t", "<Islets>", published=tmp_path / "paper.csv")
+    draw_pathways(folder, tmp_path / "verdicts.csv", tmp_path / "f")
+    table, drawn = pd.read_csv(tmp_path / "t.csv"), pd.read_csv(tmp_path / "f.csv")
+    same = ["library", "list", "pathway", "ratio", "fdr", "verdict"]
+    pd.testing.assert_frame_equal(table[same], drawn[same])
+    assert (table["significant"] == (table["fdr"] <= 0.05)).all() and table["significant"].any()
+    first = table[table["list"] == "gradient_unperturbed"].set_index("rank")
+    assert first.loc[1, "paper_pathway"] == "Cytoplasmic ribosomal proteins" and first.loc[2, "paper_ratio"] == 6.95
+    assert first.loc[4, "paper_pathway"] == "(name not legible)"
+    assert first.set_index("pathway").loc["SET003", ["verdict", "paper_verdict_of_this"]].tolist() == ["yes", "no"]
+    assert table.query("list == 'random'")["paper_ratio"].isna().all()
+    page = (tmp_path / "t.html").read_text()
+    assert "&lt;Islets&gt;" in page and "SET003" in page and "paper: 3 significant; 10 of 10 relevant" in page
+    write_pathway_table(folder, None, tmp_path / "u")
+    alone = pd.read_csv(tmp_path / "u.csv")
+    assert "paper_ratio" not in alone and (alone["verdict"] == "not judged").all()

@@ -191,7 +191,7 @@ def test_the_report_opens_without_console_errors(finished_run: Run, tmp_path):
     assert "Benchmark" in shown.stdout
 
 
-@pytest.mark.parametrize("name", ["config", "paper", "paper_small", "gradients_shared", "paper_b"])
+@pytest.mark.parametrize("name", [path.stem for path in sorted(ROOT.glob("config/*.yaml"))])
 def test_shipped_configs_have_a_dag(name, tmp_path):
     arguments = ("--configfile", f"config/{name}.yaml")
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run", "--quiet", "all"]

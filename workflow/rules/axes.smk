@@ -1,4 +1,4 @@
-# Axis cases: gene scores along an axis of the latent space, their pathways, a judge, figures. See perturbed.axis_plan.
+# Axis cases: gene scores along an axis of the latent space, their pathways, a judge. See perturbed.axis_plan.
 
 
 rule score_genes:
@@ -59,6 +59,7 @@ rule judge:
     input:
         enrichment=plan.axes.file("enrichment"),
         libraries=plan.axes.library_input,
+        replay=plan.axes.replay_input,
     output:
         judgement=directory(plan.axes.file("judgement")),
     log:
@@ -81,73 +82,3 @@ rule judge:
     shell:
         "perturbed judge --enrichment {input.enrichment} {params.libraries} --spec {params.spec:q}"
         " --cache {params.cache} --out {output.judgement} 2>&1 | tee {log}"
-
-
-# One rule per kind, because a caption's path cannot hold wildcards.
-for _kind in (*AXIS_FIGURES, "flow"):
-
-    rule:
-        name:
-            f"draw_axis_{_kind}"
-        input:
-            unpack(plan.axes.drawn_from(_kind)),
-        output:
-            svg=report(
-                plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "svg"),
-                caption=f"../report/axis_{_kind}.rst",
-                category="Disease axis",
-                subcategory=_kind,
-                labels=plan.axes.labels,
-            ),
-            png=plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "png"),
-            source=plan.axes.figure("flow_{flow}" if _kind == "flow" else _kind, "csv"),
-        log:
-            plan.axes.file(
-                "logs/draw_flow_{flow}.log"
-                if _kind == "flow"
-                else f"logs/draw_{_kind}.log"
-            ),
-        benchmark:
-            plan.axes.file(
-                "benchmarks/draw_flow_{flow}.tsv"
-                if _kind == "flow"
-                else f"benchmarks/draw_{_kind}.tsv"
-            )
-        conda:
-            "../../envs/core.yaml"
-        threads: 1
-        resources:
-            mem_mb=plan.grow(2000),
-            runtime=plan.grow(10),
-        params:
-            kind=_kind,
-            verb=_kind if _kind in ("pathways", "judge") else f"draw {_kind}",
-            options=plan.axes.draw_options(_kind),
-            stem=plan.stem,
-            title=plan.axes.title,
-            answers=plan.axes.spell_answers,
-        message:
-            "Draw {params.kind} of {wildcards.axis}"
-        shell:
-            "perturbed axis {params.verb} {params.options} --title {params.title:q} --out {params.stem}"
-            " 2>&1 | tee {log}"
-
-
-for _item, _figures in plan.axes.answers.items():
-
-    rule:
-        name:
-            _item
-        input:
-            _figures,
-        localrule: True
-        message:
-            f"{_item} is drawn"
-
-
-rule t2d:
-    input:
-        plan.axes.targets(),
-    localrule: True
-    message:
-        "Every axis case of this configuration"

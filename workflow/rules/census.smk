@@ -36,7 +36,6 @@ rule query_census:
         plan.axes.census("logs/query.log"),
     benchmark:
         plan.axes.census("benchmarks/query.tsv")
-    retries: 2
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -70,7 +69,8 @@ rule fit_census_model:
     resources:
         mem_mb=plan.grow(8000),
         runtime=plan.grow(240),
-        gpu=0 if plan.config.device == "cpu" else 1,
+        gpu=plan.resources.gpu,
+        gres=plan.resources.gres,
     params:
         card=plan.axes.model_slice,
         device=plan.config.device,
@@ -82,6 +82,8 @@ rule fit_census_model:
 
 
 rule fetch_census_model:
+    input:
+        unpack(plan.axes.model_input),
     output:
         model=directory(plan.axes.fetched_model()),
     log:
@@ -90,7 +92,6 @@ rule fetch_census_model:
         f"{plan.config.data}/models/benchmarks/{{decoder}}.tsv"
     wildcard_constraints:
         decoder="|".join(plan.axes.fetched) or "(?!)",
-    retries: 2
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -100,7 +101,7 @@ rule fetch_census_model:
     params:
         card=plan.axes.model_slice,
     message:
-        "Fetch the model {wildcards.decoder}"
+        "Get the model {wildcards.decoder} and check it"
     shell:
         "perturbed census model --name {wildcards.decoder} --card {params.card:q} --out {output.model} 2>&1 | tee {log}"
 
@@ -115,7 +116,6 @@ rule gene_sets:
         plan.axes.census("logs/gene_sets_{library}.log"),
     benchmark:
         plan.axes.census("benchmarks/gene_sets_{library}.tsv")
-    retries: 2
     conda:
         "../../envs/core.yaml"
     threads: 1

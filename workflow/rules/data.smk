@@ -10,7 +10,6 @@ rule fetch:
         plan.data("benchmarks/fetch.tsv")
     wildcard_constraints:
         dataset="|".join(plan.fetched) or "(?!)",
-    retries: 2
     conda:
         "../../envs/core.yaml"
     resources:
@@ -61,8 +60,7 @@ rule prepare:
     conda:
         "../../envs/core.yaml"
     resources:
-        mem_mb=lambda wildcards, input, attempt: attempt
-        * max(4000, 8 * int(input.size_mb)),
+        mem_mb=plan.resources.prepare,
         runtime=plan.grow(60),
     params:
         card=plan.card_slice("source", "keys", "prepare", "expect"),
@@ -71,3 +69,52 @@ rule prepare:
     shell:
         "perturbed prepare --dataset {wildcards.dataset} --raw {input.raw} --card {params.card:q}"
         " --out {output.prepared} 2>&1 | tee {log}"
+
+
+# What cards name beside the cells: a library of gene sets by its card, a graph of genes by its address.
+rule dataset_gene_sets:
+    input:
+        prepared=plan.data("prepared.h5ad"),
+    output:
+        sets=plan.side.library(),
+        mapping=plan.side.library("mapping.csv"),
+    log:
+        plan.data("logs/gene_sets_{library}.log"),
+    benchmark:
+        plan.data("benchmarks/gene_sets_{library}.tsv")
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=plan.grow(4000),
+        runtime=plan.grow(60),
+    params:
+        card=plan.side.library_slice,
+    message:
+        "Gene sets of {wildcards.library} for {wildcards.dataset}"
+    shell:
+        "perturbed gene-sets --name {wildcards.library} --card {params.card:q} --var-table {input.prepared}"
+        " --out {output.sets} 2>&1 | tee {log}"
+
+
+rule fetch_gene_graph:
+    output:
+        graph=plan.data(SIDE_GRAPH),
+    log:
+        plan.data("logs/gene_graph.log"),
+    benchmark:
+        plan.data("benchmarks/gene_graph.tsv")
+    wildcard_constraints:
+        dataset="|".join(plan.side.graphs) or "(?!)",
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=plan.grow(2000),
+        runtime=plan.grow(120),
+    params:
+        file=plan.side.graph_slice,
+    message:
+        "Fetch the graph of genes of {wildcards.dataset}"
+    shell:
+        "perturbed fetch-file --file {params.file:q} --out {output.graph:q} 2>&1 | tee {log}"

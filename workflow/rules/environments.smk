@@ -21,4 +21,4 @@ rule environment:
     message:
         "Make the environment {wildcards.environment}"
     shell:
-        "{params.script} {wildcards.environment} 2>&1 | tee {log}"
+        "{params.script:q} {wildcards.environment} 2>&1 | tee {log}"

@@ -14,11 +14,13 @@ rule evaluate:
         plan.fit("logs/evaluate.log"),
     benchmark:
         plan.fit("benchmarks/evaluate.tsv")
+    group:
+        "score"
     conda:
         "../../envs/core.yaml"
     resources:
         mem_mb=plan.grow(4000),
-        runtime=plan.grow(60),
+        runtime=plan.resources.by_size(5, per_gb=3),
     params:
         spec=plan.section("evaluation", "n_halves", "references"),
     message:
@@ -38,11 +40,13 @@ rule references:
         plan.fold("logs/references.log"),
     benchmark:
         plan.fold("benchmarks/references.tsv")
+    group:
+        "score"
     conda:
         "../../envs/core.yaml"
     resources:
         mem_mb=plan.grow(8000),
-        runtime=plan.grow(60),
+        runtime=plan.resources.by_size(5, per_gb=6),
     params:
         spec=plan.section("evaluation", "references"),
         noise_free=plan.noise_free_option,
@@ -69,7 +73,7 @@ rule summarise:
         runtime=plan.grow(60),
     params:
         spec=plan.section("statistics"),
-        config=plan.capability_slice(),
+        config=plan.capability_slice,  # a function: its text may hold braces
     message:
         "Summarise every score and judge the differences"
     shell:

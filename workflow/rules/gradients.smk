@@ -36,6 +36,8 @@ rule gather_flows:
         plan.gradients.file("logs/gather.log"),
     benchmark:
         plan.gradients.file("benchmarks/gather.tsv")
+    group:
+        "gather"
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -72,12 +74,14 @@ for _kind in CASE_FIGURES:
             plan.gradients.file(f"benchmarks/draw_{_kind}.tsv")
         wildcard_constraints:
             case=plan.gradients.of_kind(_kind),
+        group:
+            "draw"
         conda:
             "../../envs/core.yaml"
         threads: 1
         resources:
             mem_mb=plan.grow(2000),
-            runtime=plan.grow(10),
+            runtime=plan.grow(4),
         params:
             kind=_kind,
             stem=plan.stem,
@@ -107,12 +111,14 @@ rule draw_quality:
         plan.result("gradients/logs/draw_quality.log"),
     benchmark:
         plan.result("gradients/benchmarks/draw_quality.tsv")
+    group:
+        "draw"
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=plan.grow(2000),
-        runtime=plan.grow(10),
+        runtime=plan.grow(4),
     params:
         stem=plan.stem,
         titles=plan.gradients.titles(),

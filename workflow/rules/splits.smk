@@ -10,6 +10,8 @@ rule split:
         plan.fold("logs/split.log"),
     benchmark:
         plan.fold("benchmarks/split.tsv")
+    group:
+        "fold"
     conda:
         "../../envs/core.yaml"
     resources:
@@ -34,6 +36,8 @@ rule features:
         plan.fold("logs/features.log"),
     benchmark:
         plan.fold("benchmarks/features.tsv")
+    group:
+        "fold"
     conda:
         "../../envs/core.yaml"
     resources:
@@ -59,6 +63,8 @@ rule check_leakage:
         plan.fold("logs/check_leakage.log"),
     benchmark:
         plan.fold("benchmarks/check_leakage.tsv")
+    group:
+        "fold"
     conda:
         "../../envs/core.yaml"
     resources:

@@ -16,12 +16,14 @@ rule tabulate_study:
         plan.studies.file("benchmarks/tabulate.tsv")
     wildcard_constraints:
         study=plan.studies.constraint(*SCORED),
+    group:
+        "study"
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=plan.grow(8000),
-        runtime=plan.grow(60),
+        runtime=plan.grow(10),
     params:
         spec=plan.studies.slice,
         statistics=plan.section("statistics"),
@@ -99,52 +101,3 @@ rule study_programs:
     shell:
         "perturbed study programs --prepared {input.prepared} --features {input.features} {params.models}"
         " {params.gene_sets} {params.truth} --spec {params.spec:q} --out {output.tables} 2>&1 | tee {log}"
-
-
-rule identify:
-    output:
-        table=plan.studies.file("{setting}/seed{seed}.csv"),
-    log:
-        plan.studies.file("logs/{setting}_seed{seed}.log"),
-    benchmark:
-        plan.studies.file("benchmarks/{setting}_seed{seed}.tsv")
-    wildcard_constraints:
-        study=plan.studies.constraint("identifiability"),
-        setting="[^/]+",
-    conda:
-        "../../envs/core.yaml"
-    threads: plan.config.threads
-    resources:
-        mem_mb=plan.grow(4000),
-        runtime=plan.grow(60),
-    params:
-        setting=plan.studies.setting_slice,
-        device=plan.config.device,
-    message:
-        "Identifiability: {wildcards.setting}, seed {wildcards.seed}"
-    shell:
-        "perturbed study identify --setting {params.setting:q} --seed {wildcards.seed}"
-        " --device {params.device} --threads {threads} --out {output.table} 2>&1 | tee {log}"
-
-
-rule gather_study:
-    input:
-        parts=plan.studies.parts,
-    output:
-        table=plan.studies.file("table.csv"),
-    log:
-        plan.studies.file("logs/gather.log"),
-    benchmark:
-        plan.studies.file("benchmarks/gather.tsv")
-    wildcard_constraints:
-        study=plan.studies.constraint("identifiability"),
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=plan.grow(2000),
-        runtime=plan.grow(10),
-    message:
-        "Join the jobs of study {wildcards.study}"
-    shell:
-        "perturbed study gather {input.parts} --out {output.table} 2>&1 | tee {log}"

@@ -25,17 +25,20 @@ for _kind in STUDY_KINDS:
             plan.studies.file("benchmarks/draw.tsv")
         wildcard_constraints:
             study=plan.studies.constraint(_kind),
+        group:
+            "draw"
         conda:
             "../../envs/core.yaml"
         threads: 1
         resources:
             mem_mb=plan.grow(2000),
-            runtime=plan.grow(10),
+            runtime=plan.grow(4),
         params:
             stem=plan.stem,
             spec=plan.studies.drawing_slice,
             titles=plan.titles(),
             answers=plan.studies.spell_answers,
+            left_out=plan.studies.spell_left_out,
         message:
             "Draw study {wildcards.study}"
         shell:

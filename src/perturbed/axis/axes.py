@@ -164,11 +164,20 @@ def bootstrap_weights(arm: np.ndarray, n_draws: int, seed: int) -> Weights:
     ----------
     arm
         Arm of each donor, −1 for donors that take no part (n_donors,).
+
+    Returns
+    -------
+    Weights
+        All 0 where an arm has one donor: drawn again it would be the same, and the interval a point.
     """
     rng = np.random.default_rng([seed, 1])
     found = []
+    alone = min((arm == 0).sum(), (arm == 1).sum()) < 2
     for k in (0, 1):
         weight = np.zeros((len(arm), n_draws))
+        if alone:
+            found.append(weight)
+            continue
         inside = np.flatnonzero(arm == k)
         weight[inside] = rng.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), size=n_draws).T
         found.append(weight)
@@ -199,6 +208,7 @@ class Permutations(NamedTuple):
     """All of them are here, the observed one among them."""
     mixed: tuple[str, ...]
     """Studies with donors in both arms: only there labels move."""
+    n_studies: int
 
 
 def permute_labels(arm: np.ndarray, study: np.ndarray, n_draws: int, seed: int) -> Permutations:
@@ -232,7 +242,7 @@ def permute_labels(arm: np.ndarray, study: np.ndarray, n_draws: int, seed: int) 
         perturbed[rows, i] = 1
     unperturbed = (arm >= 0)[:, None] - perturbed
     mixed = tuple(str(study[block[0]]) for block, (n, k) in zip(blocks, sizes) if 0 < k < n)
-    return Permutations(Weights(unperturbed, perturbed), possible, possible <= n_draws, mixed)
+    return Permutations(Weights(unperturbed, perturbed), possible, possible <= n_draws, mixed, len(blocks))
 
 
 def read_axis(path: str, n_latent: int) -> np.ndarray:

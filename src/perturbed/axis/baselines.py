@@ -98,7 +98,18 @@ def sum_counts(counts: Counts, rows: np.ndarray, donor: np.ndarray, n_donors: in
     return found
 
 
-def compare_donors(sums: CountSums, arm: np.ndarray, study: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+class DonorTest(NamedTuple):
+    """Differential expression by donor."""
+
+    t: np.ndarray
+    """Moderated t, positive where perturbed donors are higher (n_genes,)."""
+    p: np.ndarray
+    """Two-sided (n_genes,)."""
+    adjusted: str
+    """Whether studies were adjusted for."""
+
+
+def compare_donors(sums: CountSums, arm: np.ndarray, study: np.ndarray) -> DonorTest | None:
     r"""Differential expression by donor: moderated t of the arms' log counts per million, and its two-sided p.
 
     Per gene, :math:`y_d = \log_2(10^6 c_d / L_d + 1)` of the pooled counts of donor d is regressed on the arm, and on
@@ -114,16 +125,21 @@ def compare_donors(sums: CountSums, arm: np.ndarray, study: np.ndarray) -> tuple
 
     Returns
     -------
-    tuple or None
-        t, positive where perturbed donors are higher, and p (n_genes,) each; None where fewer than two donors of an
-        arm have enough cells.
+    DonorTest or None
+        None where fewer than two donors of an arm have enough cells.
     """
     used = np.flatnonzero(sums.n_cells >= MIN_DONOR_CELLS)
     if min((arm[used] == 0).sum(), (arm[used] == 1).sum()) < 2:
         return None
     y = np.log2(1e6 * sums.counts[used] / sums.library[used, None] + 1)
     design = _design(arm[used], study[used])
-    return moderated_t(y, design, 1)
+    if design.shape[1] > 2:
+        adjusted = "for studies"
+    elif len(set(study[used])) == 1:
+        adjusted = "no: one study"
+    else:
+        adjusted = "no: too few donors, or studies that the arms cannot be told from"
+    return DonorTest(*moderated_t(y, design, 1), adjusted)
 
 
 def _design(arm: np.ndarray, study: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from scipy import sparse
 
 from perturbed.axis.compact import CompactDecoder
 from perturbed.axis.spec import POOLED, AxisCase
+from perturbed.data.census.filters import SEVERAL, values_of
+from perturbed.data.census.model import check_batches, check_genes
 from perturbed.data.matrices import read_rows
 from perturbed.data.ondisk import MatrixOnDisk
 from perturbed.decoders.scvi import SCVIDecoder
@@ -75,6 +78,8 @@ class AxisCells:
     """Symbols of the decoder's genes, their ids where none is known (n_genes,)."""
     counts: Counts | None
     """None where the latents came without counts."""
+    joined: np.ndarray
+    """Cells with other values beside the one that made their arm, such as another disease (n_cells,)."""
 
     def group(self, name: str) -> np.ndarray:
         """Cells of a group by position, ascending."""
@@ -124,12 +129,17 @@ def read_cells(spec: AxisCase, path: str | Path, decoder: SCVIDecoder, symbols: 
             raise DataError(f"{path}: `keep` leaves no {name} cell; loosen it, or choose other arms")
     donor, donors = _donors(spec, obs.iloc[rows], arm, path)
     batch = _batch(decoder, obs, path)[rows]
+    if len(var):
+        check_genes(decoder.genes, list(map(str, var.index)), str(path))
+    check_batches(decoder, pd.Series(batch), str(path))  # before any work
     counts = _counts(file, path, rows, var, decoder)
     z = _latents(file, path, rows, decoder, counts, batch)
     kind = np.full(len(rows), POOLED, dtype=object) if spec.groups is None else _column(obs, spec.groups, path)[rows]
     few = CompactDecoder(decoder, list(dict.fromkeys(batch)))
     names = obs.index.to_numpy(dtype=object)[rows]
-    return AxisCells(path, names, z, batch, arm, donor, donors, kind, few, _symbols(decoder, var, symbols), counts)
+    joined = _joined(spec, obs.iloc[rows], arm)
+    named = _symbols(decoder, var, symbols)
+    return AxisCells(path, names, z, batch, arm, donor, donors, kind, few, named, counts, joined)
 
 
 def _open(path: Path) -> tuple[h5py.File, pd.DataFrame, pd.DataFrame]:
@@ -156,7 +166,7 @@ def _arms(spec: AxisCase, obs: pd.DataFrame, path: Path) -> np.ndarray:
     for k, group in enumerate((spec.unperturbed, spec.perturbed)):
         values = _column(obs, group.column, path)
         for value in group.values:
-            inside = values == value
+            inside = _having(values, (value,))
             if not inside.any():
                 raise DataError(f"{path}: no cell has {group.column} {value!r}; {suggest(value, set(values))}")
             if k and (arm[inside] == 0).any():
@@ -165,21 +175,35 @@ def _arms(spec: AxisCase, obs: pd.DataFrame, path: Path) -> np.ndarray:
     return arm
 
 
+def _joined(spec: AxisCase, obs: pd.DataFrame, arm: np.ndarray) -> np.ndarray:
+    """Cells whose arm comes from one of several values (n_cells,)."""
+    found = np.zeros(len(obs), dtype=bool)
+    for k, group in enumerate((spec.unperturbed, spec.perturbed)):
+        found |= (arm == k) & obs[group.column].astype(str).str.contains(SEVERAL, regex=False).to_numpy(dtype=bool)
+    return found
+
+
 def _kept(spec: AxisCase, obs: pd.DataFrame, path: Path) -> np.ndarray:
     inside = np.ones(len(obs), dtype=bool)
     for column, wanted in spec.keep.items():
         values = _column(obs, column, path)
         for value in wanted:
-            if value not in set(values):
+            if not _having(values, (value,)).any():
                 raise DataError(f"{path}: keep: no cell has {column} {value!r}; {suggest(value, set(values))}")
-        inside &= np.isin(values, wanted)
+        inside &= _having(values, wanted)
     return inside
+
+
+def _having(values: np.ndarray, wanted: Sequence[str]) -> np.ndarray:
+    """Cells with one of some values, be it one of several that a cell has (n_cells,)."""
+    known = [value for value in set(values) if not set(values_of(value)).isdisjoint(wanted)]
+    return np.isin(values, known)
 
 
 def _donors(spec: AxisCase, obs: pd.DataFrame, arm: np.ndarray, path: Path) -> tuple[np.ndarray, pd.DataFrame]:
     """Donor of each cell, and the table of donors; ids count within their study only."""
     ids = _column(obs, spec.donors, path)
-    study = np.full(len(ids), "", dtype=object) if spec.study is None else _column(obs, spec.study, path)
+    study = _studies(spec, obs, path)
     table = pd.DataFrame({"donor": ids, "study": study, "arm": arm})
     donors = table.drop_duplicates().sort_values(["arm", "study", "donor"]).reset_index(drop=True)
     twice = donors[donors.duplicated(["donor", "study"])]
@@ -191,6 +215,25 @@ def _donors(spec: AxisCase, obs: pd.DataFrame, arm: np.ndarray, path: Path) -> t
         )
     place = {key: i for i, key in enumerate(zip(donors["donor"], donors["study"]))}
     return np.array([place[key] for key in zip(ids, study)]), donors
+
+
+def _studies(spec: AxisCase, obs: pd.DataFrame, path: Path) -> np.ndarray:
+    """Study of each cell (n_cells,); one for all where the case names none."""
+    if spec.study is None:
+        return np.full(len(obs), "", dtype=object)
+    if isinstance(spec.study, str):
+        return _column(obs, spec.study, path)
+    names = _column(obs, spec.study.column, path)
+    found = {}
+    for name in sorted(set(names)):
+        match = re.fullmatch(spec.study.pattern, name)
+        if match is None:
+            raise DataError(
+                f"{path}: study: {spec.study.column} {name!r} is not of the form {spec.study.pattern!r}; correct the "
+                "pattern"
+            )
+        found[name] = match["study"]
+    return np.array([found[name] for name in names], dtype=object)
 
 
 def _batch(decoder: SCVIDecoder, obs: pd.DataFrame, path: Path) -> np.ndarray:
@@ -215,10 +258,6 @@ def _counts(file: h5py.File, path: Path, rows: np.ndarray, var: pd.DataFrame, de
 def _latents(
     file: h5py.File, path: Path, rows: np.ndarray, decoder: SCVIDecoder, counts: Counts | None, batch: np.ndarray
 ) -> np.ndarray:
-    try:
-        decoder.context(list(dict.fromkeys(batch)))  # an unknown batch is told before any work
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
     if "obsm" in file and "qz_mean" in file["obsm"]:
         z = file["obsm"]["qz_mean"][:][rows].astype(np.float32)
         if z.ndim != 2 or z.shape[1] != decoder.n_latent:

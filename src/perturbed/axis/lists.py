@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from perturbed.axis.baselines import compare_decoded_medians, compare_donors, co
 from perturbed.axis.cells import ARMS, AxisCells
 from perturbed.axis.groups import Group
 from perturbed.axis.spec import AxisCase
-from perturbed.axis.validity import adjust_fdr, can_permute, permutation_p, quantiles
+from perturbed.axis.validity import adjust_fdr, can_permute, describe_exchange, permutation_p, quantiles
 from perturbed.gradients.agreement import cosine
 
 NO_COUNTS = "absent: the cells came with latents and without counts"
@@ -23,8 +23,17 @@ LISTS = (
 )  # fmt: skip
 
 
-def make_lists(cells: AxisCells, group: Group, spec: AxisCase) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Scores of every list of a group (n_genes,) by name, and why others are absent.
+class ListNotes(NamedTuple):
+    """What is to be said of lists."""
+
+    absent: dict[str, str]
+    """Why lists are absent, by name."""
+    adjusted: str
+    """Whether the donors' t was adjusted for studies; empty where there is none."""
+
+
+def make_lists(cells: AxisCells, group: Group, spec: AxisCase) -> tuple[dict[str, np.ndarray], ListNotes]:
+    """Scores of every list of a group (n_genes,) by name, and what is to be said of them.
 
     `gradient`: the paper's mean cosine. `gradient_logits`: the same before softmax. `slope`: mean gradient before
     softmax along the unit axis: change of log expression per unit of the latents, which sees how long a gradient is.
@@ -37,13 +46,13 @@ def make_lists(cells: AxisCells, group: Group, spec: AxisCase) -> tuple[dict[str
     found["median_decoded"] = compare_decoded_medians(cells, group.rows)
     found["random"] = np.random.default_rng([spec.seed, 5]).uniform(-1, 1, len(group.kept))
     if cells.counts is None:
-        return found, dict.fromkeys(("pseudobulk", "axis_correlation"), NO_COUNTS)
+        return found, ListNotes(dict.fromkeys(("pseudobulk", "axis_correlation"), NO_COUNTS), "")
     found["axis_correlation"] = correlate_with_axis(cells.counts, group.rows, cells.z[group.rows] @ group.axis)
     sums = sum_counts(cells.counts, group.rows, cells.donor[group.rows], len(cells.donors))
     compared = compare_donors(sums, group.arm, cells.donors["study"].to_numpy(dtype=object))
     if compared is None:
-        return found, {"pseudobulk": FEW_DONORS}
-    return found | {"pseudobulk": compared[0]}, {}
+        return found, ListNotes({"pseudobulk": FEW_DONORS}, "")
+    return found | {"pseudobulk": compared.t}, ListNotes({}, compared.adjusted)
 
 
 def rank_genes(group: Group, lists: Mapping[str, np.ndarray], cells: AxisCells) -> pd.DataFrame:
@@ -68,12 +77,13 @@ def rank_genes(group: Group, lists: Mapping[str, np.ndarray], cells: AxisCells) 
     return pd.concat(tables, ignore_index=True)
 
 
-def describe_lists(group: Group, absent: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Which lists there are, on how many genes, and why others are absent."""
+def describe_lists(group: Group, notes: ListNotes) -> list[dict[str, Any]]:
+    """Which lists there are, on how many genes, why others are absent, and whether they were adjusted for studies."""
     return [
         {
             "list": name, "group": group.name, "n_genes": len(group.kept), "n_kept": int(group.kept.sum()),
-            "n_dropped": int((~group.kept).sum()), "note": absent.get(name, ""),
+            "n_dropped": int((~group.kept).sum()), "adjusted": notes.adjusted if name == "pseudobulk" else "",
+            "note": notes.absent.get(name, ""),
         }
         for name in LISTS
     ]  # fmt: skip
@@ -91,7 +101,7 @@ def gene_table(group: Group, cells: AxisCells, spec: AxisCase) -> pd.DataFrame:
         columns: dict[str, Any] = {
             "group": group.name, "cells": arm, "gene": cells.decoder.genes, "symbol": cells.symbols,
             "kept": group.kept, "cosine": cosines[:, 0], "low": bounds[:, 0], "high": bounds[:, 1],
-            "same_sign": (np.sign(draws) == np.sign(cosines[:, :1])).mean(axis=1),
+            "same_sign": (np.sign(draws) == np.sign(cosines[:, :1])).mean(axis=1) if draws.shape[1] else np.nan,
             "cosine_logits": group.logits.cosine[k][:, 0], "projection": group.scores.projection[k],
             "norm": group.scores.norm[k], "norm_logits": group.logits.norm[k], "mean_expression": group.expression,
             "p": p, "fdr": adjust_fdr(p), "p_cosine": p_cosine, "n_cells": group.scores.n_cells[k],
@@ -116,6 +126,6 @@ def describe_axes(group: Group, spec: AxisCase) -> dict[str, Any]:
             row[f"cosine_{kind}"] = float(cosine(group.axis, group.draws.axes[i]))
     together = cosine(*(group.draws.axes[half] for half in group.draws.halves))
     row["cosine_halves"] = float(np.nanmean(together)) if np.isfinite(together).any() else np.nan
-    row["permutation"] = can_permute(group, spec) or "within studies"
+    row["permutation"] = can_permute(group, spec) or describe_exchange(group)
     row["note"] = ""
     return row

@@ -29,10 +29,14 @@ MAX_FLOW = 1500
 """Cells that a flow is drawn from, of both arms together."""
 MAX_MOVED = 300
 """Cells of a flow that are moved in the UMAP, of both arms together."""
-N_GRID = 16
-"""Squares of a flow's arrows along the longer side."""
-MIN_SQUARE = 4
-"""Cells a square needs for an arrow."""
+N_GRID = 12
+"""Fields of a flow's arrows along either side of its cells."""
+SIGNS = (1, -1)
+"""Raised and lowered."""
+COLUMNS = ("flow", "projection", "kind", "x", "y", "sign", "u", "v", "arm", "n_cells")
+"""Of `flows.csv`."""
+MIN_CELLS = 4
+"""Cells a field needs for an arrow."""
 
 
 class Flow(NamedTuple):
@@ -141,8 +145,8 @@ def judge_flow(cells: AxisCells, flow: Flow, spec: AxisCase, given: np.ndarray |
         rows.append(
             {
                 "flow": flow.spec.label, "gene": flow.move.targets[0], "symbol": flow.symbol, "cells": flow.cells,
-                "sign": flow.spec.sign, "arm": name, "cosine": float(values[0]), "low": low, "high": high,
-                "axis_length": float(np.linalg.norm(flow.axis)), "n_cells": scores.n_cells[k],
+                "sign": flow.spec.sign, "on_map": flow.spec.on_map, "arm": name, "cosine": float(values[0]),
+                "low": low, "high": high, "axis_length": float(np.linalg.norm(flow.axis)), "n_cells": scores.n_cells[k],
                 "n_donors": int((arm == k).sum()),
             }
         )  # fmt: skip
@@ -172,19 +176,19 @@ def map_cells(cells: AxisCells, flows: list[Flow], spec: AxisCase) -> tuple[pd.D
     cells
         `cell`, `arm`, `type`, `donor`, `pc1`, `pc2`, `umap1`, `umap2` of at most 3,000 cells, as many of each arm.
     flows
-        Per flow and `projection` (`pca`: principal components of its own cells; `axis`: place along the axis and the
-        first principal component at right angles to it; `umap`): cells (`kind` cell: `x`, `y`, `arm`) and arrows
-        (`kind` arrow: mean place of the cells of a square, mean step `u`, `v`, `n_cells`).
+        Per flow and `projection` (`pca`: principal components of all cells of both arms, the same for all flows;
+        `axis`: place along the axis and the first principal component of its own cells at right angles to it; `umap`):
+        cells (`kind` cell: `x`, `y`, `arm`) and arrows (`kind` arrow: mean place of the cells of a field, mean step
+        `u`, `v`, `n_cells`) for both directions (`sign` 1: raised, -1: lowered).
     """
     rows = _balanced(cells, np.arange(len(cells.kind)), MAX_MAP, spec.seed)
     z = cells.z[rows]
-    basis, centre = _components(z)
+    basis, centre = _components(cells.z)
     place = (z - centre) @ basis
     moved = [_balanced(cells, flow.rows, MAX_MOVED, spec.seed) for flow in flows]
-    paths = [_paths(cells, flow, own, spec) for flow, own in zip(flows, moved)]
-    empty = np.empty((0, z.shape[1]), dtype=np.float32)
+    paths = [_paths(cells, flow, own, sign, spec) for flow, own in zip(flows, moved) for sign in SIGNS]
     start = np.vstack([path[0] for path in paths]) if paths else z[:1]
-    end = np.vstack([path[-1] for path in paths]) if paths else np.vstack([empty, z[:1]])
+    end = np.vstack([path[-1] for path in paths]) if paths else z[:1]
     embedded, ends = project_by_umap(z, start, end, spec.seed)
     table = pd.DataFrame(
         {
@@ -195,12 +199,14 @@ def map_cells(cells: AxisCells, flows: list[Flow], spec: AxisCase) -> tuple[pd.D
     )  # fmt: skip
     tables, first = [], 0
     for flow, own in zip(flows, moved):
-        part = slice(first, first + len(own))
-        first += len(own)
-        tables += _flat_tables(cells, flow, spec)
-        tables.append(_umap_table(cells, flow, rows, embedded, own, ends[:, part]))
-    columns = ["flow", "projection", "kind", "x", "y", "u", "v", "arm", "n_cells"]
-    return table, pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+        tables += _flat_tables(cells, flow, rows, place, (basis, centre), spec)
+        tables.append(_label(_dots(cells, flow, rows, embedded), flow, "umap"))
+        for sign in SIGNS:
+            begun, ended = ends[:, first : first + len(own)]
+            first += len(own)
+            arrows = _mean_arrows(begun, ended - begun)
+            tables.append(_label(arrows.assign(sign=sign), flow, "umap"))
+    return table, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COLUMNS))
 
 
 def _balanced(cells: AxisCells, rows: np.ndarray, most: int, seed: int) -> np.ndarray:
@@ -211,7 +217,7 @@ def _balanced(cells: AxisCells, rows: np.ndarray, most: int, seed: int) -> np.nd
 def _components(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First two principal components (n_latent, 2), their largest loadings positive, and the mean (n_latent,)."""
     centre = z.mean(axis=0, dtype=np.float64)
-    basis = np.linalg.svd(z - centre, full_matrices=False)[2][:2].T
+    basis = np.linalg.eigh(np.cov(z, rowvar=False))[1][:, :-3:-1]  # ascending; latents are few, cells many
     return basis * np.sign(basis[np.abs(basis).argmax(axis=0), [0, 1]]), centre
 
 
@@ -223,48 +229,50 @@ def _axis_plane(z: np.ndarray, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.column_stack([along, basis[:, 0]]), z.mean(axis=0, dtype=np.float64)
 
 
-def _flat_tables(cells: AxisCells, flow: Flow, spec: AxisCase) -> list[pd.DataFrame]:
+def _flat_tables(
+    cells: AxisCells,
+    flow: Flow,
+    mapped: np.ndarray,
+    place: np.ndarray,
+    components: tuple[np.ndarray, np.ndarray],
+    spec: AxisCase,
+) -> list[pd.DataFrame]:
+    """Cells and arrows in the two planes; `place` is that of the `mapped` cells on the components of all cells."""
     rows = _balanced(cells, flow.rows, MAX_FLOW, spec.seed)
-    z, steps = cells.z[rows], _velocity(cells, rows, flow)
-    planes = {"pca": _components(z), "axis": _axis_plane(z, flow.axis)}
-    tables = []
-    for name, (basis, centre) in planes.items():
-        place = (z - centre) @ basis
-        dots = pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "arm": np.array(ARMS)[cells.arm[rows]]})
-        tables.append(_label(dots.assign(kind="cell"), flow, name))
-        tables.append(_label(_mean_arrows(place, steps @ basis), flow, name))
+    z, steps = cells.z[rows], _velocity(cells, rows, flow) * flow.spec.sign  # of the gene raised
+    plane = _axis_plane(z, flow.axis)
+    own = _dots(cells, flow, rows, (z - plane[1]) @ plane[0])
+    tables = [_label(_dots(cells, flow, mapped, place), flow, "pca"), _label(own, flow, "axis")]
+    for name, (basis, centre) in (("pca", components), ("axis", plane)):
+        arrows = _mean_arrows((z - centre) @ basis, steps @ basis)
+        for sign in SIGNS:
+            turned = arrows.assign(u=sign * arrows["u"], v=sign * arrows["v"], sign=sign)
+            tables.append(_label(turned, flow, name))
     return tables
 
 
-def _paths(cells: AxisCells, flow: Flow, rows: np.ndarray, spec: AxisCase) -> np.ndarray:
+def _paths(cells: AxisCells, flow: Flow, rows: np.ndarray, sign: int, spec: AxisCase) -> np.ndarray:
     context = cells.decoder.context(list(cells.batch[rows]))
-    path = follow(cells.decoder, cells.z[rows], context, [flow.move], n_steps=spec.n_steps, delta=spec.delta, unit=True)
-    return path.z
+    moves = [Move(flow.move.targets, sign)]
+    return follow(cells.decoder, cells.z[rows], context, moves, n_steps=spec.n_steps, delta=spec.delta, unit=True).z
 
 
-def _umap_table(
-    cells: AxisCells, flow: Flow, rows: np.ndarray, embedded: np.ndarray, moved: np.ndarray, ends: np.ndarray
-) -> pd.DataFrame:
-    """Cells of the map that are the flow's, and mean arrows of those that were moved."""
-    own = np.isin(rows, flow.rows)
-    arm = np.array(ARMS)[cells.arm[rows[own]]]
-    dots = pd.DataFrame({"x": embedded[own, 0], "y": embedded[own, 1], "arm": arm, "kind": "cell"})
-    rest = pd.DataFrame({"x": embedded[~own, 0], "y": embedded[~own, 1], "arm": "other", "kind": "cell"})
-    arrows = _mean_arrows(ends[0], ends[1] - ends[0], n_grid=2 * N_GRID)
-    return _label(pd.concat([rest, dots, arrows], ignore_index=True), flow, "umap")
+def _dots(cells: AxisCells, flow: Flow, rows: np.ndarray, place: np.ndarray) -> pd.DataFrame:
+    """Cells by arm, those that are not the flow's as `other`, which come first."""
+    arm = np.where(np.isin(rows, flow.rows), np.array(ARMS)[cells.arm[rows]], "other")
+    table = pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "arm": arm, "kind": "cell"})
+    return table.sort_values("arm", key=lambda arms: arms != "other", kind="stable")
 
 
 def _label(table: pd.DataFrame, flow: Flow, projection: str) -> pd.DataFrame:
-    return table.assign(flow=flow.spec.label, projection=projection).reindex(
-        columns=["flow", "projection", "kind", "x", "y", "u", "v", "arm", "n_cells"]
-    )
+    return table.assign(flow=flow.spec.label, projection=projection).reindex(columns=list(COLUMNS))
 
 
-def _mean_arrows(place: np.ndarray, steps: np.ndarray, n_grid: int = N_GRID) -> pd.DataFrame:
-    """Mean place and step of the cells of each square of a grid that has enough of them."""
-    side = np.ptp(place, axis=0).max() / n_grid
-    square = np.floor((place - place.min(axis=0)) / max(side, 1e-12)).astype(int)
+def _mean_arrows(place: np.ndarray, steps: np.ndarray) -> pd.DataFrame:
+    """Mean place and step of the cells of each field of a grid that has enough of them."""
+    side = np.maximum(np.ptp(place, axis=0) / N_GRID, 1e-12)  # of either side its own: panels stretch them anyhow
+    field = np.floor((place - place.min(axis=0)) / side).astype(int)
     table = pd.DataFrame(np.column_stack([place, steps]), columns=["x", "y", "u", "v"])
-    grouped = table.groupby([square[:, 0], square[:, 1]])
+    grouped = table.groupby([field[:, 0], field[:, 1]])
     means = grouped.mean().assign(n_cells=grouped.size(), kind="arrow")
-    return means[means["n_cells"] >= MIN_SQUARE].reset_index(drop=True)
+    return means[means["n_cells"] >= MIN_CELLS].reset_index(drop=True)

@@ -21,7 +21,7 @@ from perturbed.axis.validity import (
     describe_stability,
     recover_planted,
 )
-from perturbed.decoders.scvi import load_scvi
+from perturbed.data.census.model import load_model
 from perturbed.errors import DataError
 from perturbed.files import atomic
 
@@ -62,7 +62,7 @@ def score_axis(
     DataError
         If cells, model, columns, values, donors or genes are not what the case needs; one line.
     """
-    decoder = load_scvi(model, trust_sha256)
+    decoder = load_model(model, trust_sha256)
     given = None if spec.given is None else read_axis(spec.given, decoder.n_latent)
     found = read_cells(spec, cells, decoder, symbols)
     effect = None if truth is None else _read_effects(truth, found)
@@ -87,10 +87,10 @@ def score_axis(
 _TABLES: dict[str, tuple[str, ...]] = {
     "arms": (), "rankings": (), "lists": (), "gene_scores": (), "axes": (), "stability": (),
     "permutation": ("group", "cells", "statistic", "observed", "null_median", "null_high", "p", "n_genes_fdr",
-                    "n_genes_family", "n_permutations", "n_possible", "exact", "studies_permuted", "note"),
+                    "n_genes_family", "n_permutations", "n_possible", "exact", "studies_permuted", "exchanged", "note"),
     "composition": ("measure", "weighting", "cells", "type", "value", "n_types"),
     "softmax": (), "cells": (), "flows": (),
-    "flow_scores": ("flow", "gene", "symbol", "cells", "sign", "arm", "cosine", "low", "high", "axis_length",
+    "flow_scores": ("flow", "gene", "symbol", "cells", "sign", "on_map", "arm", "cosine", "low", "high", "axis_length",
                     "n_cells", "n_donors"),
     "planted": ("group", "list", "measure", "value", "low", "high", "chance", "unit", "n_planted", "n_genes"),
 }  # fmt: skip
@@ -105,6 +105,7 @@ def _describe_arms(cells: AxisCells, spec: AxisCase) -> list[dict[str, Any]]:
         rows.append(
             {
                 "arm": arm, "values": ", ".join(group.values), "n_cells": int((cells.arm == k).sum()),
+                "n_cells_several_values": int(cells.joined[cells.arm == k].sum()),
                 "n_donors": len(donors), "n_studies": donors["study"].nunique(),
             }
         )  # fmt: skip
@@ -127,10 +128,10 @@ def _add_group(
     listed = group.name in spec.list_groups
     if not listed and effect is None:
         return
-    lists, absent = make_lists(cells, group, spec)
+    lists, notes = make_lists(cells, group, spec)
     if listed:
         tables["rankings"].append(rank_genes(group, lists, cells))
-        tables["lists"] += describe_lists(group, absent)
+        tables["lists"] += describe_lists(group, notes)
     if effect is not None:
         tables["planted"] += recover_planted(group, lists, effect, spec)
 

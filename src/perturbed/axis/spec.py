@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from perturbed.config import Names, Section
 from perturbed.gradients.spec import CellGroup
@@ -25,9 +25,11 @@ class GeneFlow(Section):
     cells: tuple[str, ...] = ()
     """Values of `groups`; leave out for all cells."""
     sign: Literal[1, -1] = 1
-    """1 over-expression, -1 knock-down."""
+    """Direction whose cosine is told: 1 over-expression, -1 knock-down. Both are drawn."""
     name: str = ""
     """Name of the flow in tables and files, of letters, digits and `_.-`; leave out for the gene's."""
+    on_map: bool = False
+    """Draw its arrows on the map of the cells, too; one flow of a case can."""
     answers: tuple[str, ...] = ()
     """Targets that this flow answers, such as `paper_b_fig3`."""
 
@@ -41,6 +43,26 @@ class GeneFlow(Section):
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.label):
             raise ValueError(f"{self.label!r} cannot name a file; give a `name` of letters, digits and _.-")
         return self
+
+
+class StudyPattern(Section):
+    """The study of a donor, where a name holds it."""
+
+    column: str
+    """Column of the names, such as `donor_id`."""
+    pattern: str
+    """Regular expression that matches the whole of every name, with a group `study`: `(?P<study>…)`."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+        if "study" not in groups:
+            raise ValueError(f"{pattern!r} has no group called study; write (?P<study>…)")
+        return pattern
 
 
 class AxisCase(Section):
@@ -63,8 +85,9 @@ class AxisCase(Section):
     """Types to answer for beside all cells; leave out for all with enough cells and donors."""
     donors: str = "donor_id"
     """Column of donors, or of samples where every sample is one animal's: the unit of bootstrap and permutation."""
-    study: str | None = "dataset_id"
-    """Column within which donors' labels are exchanged, and which the donors' test adjusts for; `null` for none."""
+    study: str | StudyPattern | None = "dataset_id"
+    """Column within which donors' labels are exchanged, and which the donors' test adjusts for; `{column, pattern}`
+    where the study is a part of a name; `null` for none."""
     keep: dict[str, Names] = Field(default_factory=dict)
     """Only cells with these values of these columns, such as `assay: [10x 3' v3]`."""
     axis: AxisKind = "means"
@@ -76,8 +99,9 @@ class AxisCase(Section):
     """Most cells of each arm and group that are scored, drawn at random; the axis takes all."""
     min_cells: int = Field(50, ge=2)
     """Groups with fewer cells in an arm are left out."""
-    min_donors: int = Field(2, ge=2)
-    """Groups with fewer donors in an arm are left out."""
+    min_donors: int = Field(2, ge=1)
+    """Groups with fewer donors in an arm are left out. One donor says nothing of the spread among donors: with 1, such
+    a group has scores, but no intervals and no p."""
     top: int = Field(200, ge=1)
     """Length of the list of top genes (the paper's 200)."""
     list_groups: Names = (POOLED,)
@@ -125,6 +149,8 @@ class AxisCase(Section):
         names = [flow.label for flow in self.flows]
         if len(set(names)) < len(names):
             raise ValueError("two flows have the same name; give one of them another `name`")
+        if sum(flow.on_map for flow in self.flows) > 1:
+            raise ValueError("one flow at most can be `on_map`")
         if any(flow.cells for flow in self.flows) and self.groups is None:
             raise ValueError("the `cells` of a flow are values of `groups`; give the column")
         return self

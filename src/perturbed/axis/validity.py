@@ -104,7 +104,17 @@ def can_permute(group: Group, spec: AxisCase) -> str:
         return "the axis is given, not made of labels"
     if not group.draws.permutations.mixed:
         return "no study has donors in both arms, so that arm and study cannot be told apart"
+    if min((group.arm == 0).sum(), (group.arm == 1).sum()) < 2:
+        return "an arm has one donor, which says nothing of the spread among donors"
     return ""
+
+
+def describe_exchange(group: Group) -> str:
+    """Within what donors' labels were exchanged."""
+    permutations = group.draws.permutations
+    if permutations.n_studies == 1:
+        return "one study: labels exchanged freely"
+    return f"within studies ({len(permutations.mixed)} of {permutations.n_studies} have donors in both arms)"
 
 
 def reach(group: Group, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,10 +168,11 @@ def describe_permutations(group: Group, spec: AxisCase, fdr: Mapping[str, np.nda
         "n_possible": min(permutations.n_possible, 10**12),
         "exact": permutations.exact,
         "studies_permuted": len(permutations.mixed),
+        "exchanged": describe_exchange(group),
         "note": can_permute(group, spec),
     }
     if shared["note"]:
-        return [{"cells": "axis", "statistic": "length"} | shared | {"n_permutations": 0}]
+        return [{"cells": "axis", "statistic": "length"} | shared | {"n_permutations": 0, "exchanged": ""}]
     length = np.linalg.norm(group.draws.axes, axis=1)
     found = [("axis", "length", length[:1], length[None, group.draws.permuted])]
     for k, arm in enumerate(ARMS):

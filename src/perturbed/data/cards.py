@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from perturbed.config import Section, find_card
+from perturbed.config import PLAIN_NAME, Section, find_card
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 
@@ -193,13 +193,19 @@ class SideFiles(Section):
     """Files that some methods need beside the cells, by what they hold; paths relative to the folder of the run."""
 
     gene_sets: str | None = None
-    """Gene sets (GMT), with gene names as in `var_names`. Simulated data bring their planted ones."""
-    gene_graph: str | None = None
-    """Graph of genes (CSV: source, target, importance)."""
+    """Gene sets with gene names as in `var_names`: a GMT file, or the name of a card in `config/gene_sets`, which is
+    then fetched. Simulated data bring their planted ones."""
+    gene_graph: str | RemoteFile | None = None
+    """Graph of genes (CSV: source, target, importance): a file, or where it is on the web, with `member` if packed."""
     gene_embedding: str | None = None
     """Vectors of genes: h5ad with genes in rows, or CSV with the gene in the first column."""
     cell_embedding: str | None = None
     """Vectors of cells: h5ad or CSV by cell name, made by a model that saw no label of these cells."""
+
+
+def names_card(gene_sets: str) -> bool:
+    """Whether `files.gene_sets` is the name of a card; a path has a dot or a slash."""
+    return re.fullmatch(PLAIN_NAME, gene_sets) is not None
 
 
 class Card(Section):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbed.config import Section
-from perturbed.data.cards import PathSource, RemoteFile, SideFiles
+from perturbed.data.cards import PathSource, RemoteFile, SideFiles, names_card
 from perturbed.data.census.spec import CensusCard, H5adCells, MinifiedCells, QueryCells, SavedModel
 from perturbed.errors import ConfigError
 from perturbed.files import sha256_text
@@ -109,7 +109,7 @@ def _identity(file: RemoteFile) -> tuple[object, ...]:
 def cards_of(plan: Plan) -> dict[str, Section]:
     """Every card that a run uses, by what messages call it: a kind, a space and the card's name."""
     kinds: dict[str, Mapping[str, Section]] = {"dataset": plan.cards, "census": plan.axes.cells}
-    kinds |= {"model": plan.axes.models, "gene-sets": plan.axes.libraries}
+    kinds |= {"model": plan.axes.models, "gene-sets": {**plan.axes.libraries, **plan.side.libraries}}
     return {f"{kind} {name}": card for kind, cards in kinds.items() for name, card in cards.items()}
 
 
@@ -142,7 +142,8 @@ def needs_of(section: Section, name: str) -> Iterator[Need]:
     elif isinstance(section, PathSource | GeneSetPath):
         yield Local(section.path)
     elif isinstance(section, SideFiles):
-        yield from (Local(path) for _, path in section if path is not None)
+        paths = [path for _, path in section if isinstance(path, str)]
+        yield from (Local(path) for path in paths if path != section.gene_sets or not names_card(path))
     elif isinstance(section, MinifiedCells | H5adCells) and section.local is not None:
         yield Local(section.local)
     elif isinstance(section, SavedModel):

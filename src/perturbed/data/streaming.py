@@ -64,7 +64,8 @@ def memory_budget(gigabytes: float | None = None) -> int:
 
 
 def available_memory(root: str | Path = "/") -> int:
-    """Bytes that a process may still take: of the machine, or of the control group (batch job, container) it is in.
+    """Bytes that a process may still take: of the machine, of the control group (batch job, container) it is in, or of
+    its Slurm job, whose memory a cluster may watch without control groups.
 
     Parameters
     ----------
@@ -82,6 +83,9 @@ def available_memory(root: str | Path = "/") -> int:
             found += _group_limits(root / "sys/fs/cgroup", controllers, path.strip("/"))
     except OSError:  # no Linux
         pass
+    asked = os.environ.get("SLURM_MEM_PER_NODE", "")
+    if asked.isdigit() and int(asked) > 0:  # 0 is all of the node
+        found.append(int(asked) * 2**20)
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -49,6 +49,8 @@ def _empty_dict(*_: Any) -> dict[str, Any]:
     return {}
 
 
+_WEIGHTS = ("decoder.px_scale_decoder.0.weight", "z_encoder.mean_encoder.weight")
+"""Weights that every SCVI model has."""
 _NOT_NEEDED = (
     "pandas.core.frame.DataFrame",
     "pandas.core.series.Series",
@@ -104,6 +106,16 @@ def read_checkpoint(path: str | Path, trust_sha256: str | None = None) -> dict[s
     missing = {"model_state_dict", "var_names", "attr_dict"} - set(content)
     if missing:
         raise DataError(f"{file}: no SCVI model of scvi-tools 0.15 or later ({', '.join(sorted(missing))} missing)")
+    registry = content["attr_dict"].get("registry_")
+    if not isinstance(registry, dict) or "batch" not in registry.get("field_registries", {}):
+        raise DataError(
+            f"{file}: saved by a scvi-tools before 0.15, whose layout is not supported; load it there with "
+            "`SCVI.convert_legacy_save` and save it anew"
+        )
+    missing = {key for key in _WEIGHTS if key not in content["model_state_dict"]}
+    if missing or "init_params_" not in content["attr_dict"]:
+        what = min(missing, default="init_params_")
+        raise DataError(f"{file}: not a model of the class SCVI ({what} missing); its relatives are not supported")
     return content
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,6 +81,15 @@ class Metric:
     function: Callable[[Any], Value]
     to_full_n: Correction = "plain"
     version: int = 1
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Limits of `range`; infinite where it names none for certain."""
+        found = re.fullmatch(r"[\[(]([^,]+), ([^,]+)[\])]", self.range)
+        if found is None:
+            return -math.inf, math.inf
+        low, high = (float(limit.replace("−", "-").replace("∞", "inf")) for limit in found.groups())
+        return low, high
 
 
 METRICS: dict[str, Metric] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,14 @@ def _mean(
     if method is None or (method, metric) not in grid.values:
         return UNDEFINED
     (values,) = grid.average(metric, (method,), keep)
-    return estimate_mean(grid.plan, values, names=(method, ""), confidence=spec.confidence)
+    from perturbed.evaluation.registry import METRICS
+
+    found = estimate_mean(grid.plan, values, names=(method, ""), confidence=spec.confidence)
+    if metric not in METRICS or np.isnan(found.low):
+        return found
+    # Few units stretch an interval past what the metric can be; the truth is never there, so nothing is lost.
+    low, high = METRICS[metric].bounds
+    return replace(found, low=max(found.low, low), high=min(found.high, high))
 
 
 def _summary_row(

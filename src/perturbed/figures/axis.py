@@ -46,7 +46,7 @@ PERMUTED = {"length": "length of the axis", "max_abs_cosine": "largest |cosine|"
 TABLES = {
     "scores": ("gene_scores", "permutation", "stability", "composition", "softmax", "axes"),
     "flow": ("flows", "flow_scores", "arms"),
-    "map": ("cells", "arms"),
+    "map": ("cells", "arms", "flows", "flow_scores"),
     "umap": ("cells", "arms"),
 }
 """Tables that each figure needs."""
@@ -94,8 +94,11 @@ def draw_axis_figure(
         found = _select_group(found, group, tables)
     if kind == "flow":
         found = _select_flows(found, flows, tables)
+    if kind == "map":
+        found = _select_on_map(found)
     draws: dict[str, Any] = {"scores": draw_scores, "flow": draw_flows, "map": draw_map, "umap": draw_umap}
-    source = pd.concat([table.assign(table=name) for name, table in found.items()], ignore_index=True)
+    drawn = [table.assign(table=name) for name, table in found.items() if len(table)]
+    source = pd.concat(drawn, ignore_index=True)
     first = ["table", *(column for column in source if column != "table")]
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever matplotlibrc the user has
@@ -115,6 +118,13 @@ def _select_group(tables: dict[str, pd.DataFrame], group: str, folder: Path) -> 
     if group != "all":
         del found["composition"]  # that of all cells
     return {name: table for name, table in found.items() if len(table)}
+
+
+def _select_on_map(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    scores, flows = tables["flow_scores"], tables["flows"]
+    scores = scores[scores["on_map"].astype(bool)]
+    own = flows["flow"].isin(scores["flow"]) & (flows["projection"] == "pca") & (flows["kind"] == "arrow")
+    return {**tables, "flow_scores": scores, "flows": flows[own]}
 
 
 def _select_flows(tables: dict[str, pd.DataFrame], flows: Sequence[str], folder: Path) -> dict[str, pd.DataFrame]:
@@ -214,8 +224,9 @@ def _draw_planted(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
 
 def _draw_permutation(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:
     """Every statistic in units of its median under permuted labels."""
-    axes.set_title("Donors' labels permuted within studies", loc="left")
     table = tables["permutation"]
+    freely = str(table["exchanged"].iloc[0]).startswith("one study")
+    axes.set_title(f"Donors' labels permuted {'freely (one study)' if freely else 'within studies'}", loc="left")
     if table["observed"].isna().all():
         axes.set_axis_off()
         axes.text(0.02, 0.8, fill(f"Not possible: {table['note'].iloc[0]}.", 44), va="top", color=GREY, style="italic")

@@ -9,20 +9,23 @@ import numpy as np
 import pandas as pd
 
 from perturbed.figures.flow import ARMS
-from perturbed.figures.style import GREY, OKABE_ITO, PALE, WIDTH, new_figure
+from perturbed.figures.style import GREY, MUTED, OKABE_ITO, PALE, WIDTH, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PLANES = {
-    "axis": ("Along the axis", "place along the axis", "component at right angles"),
-    "pca": ("Principal components of these cells", "principal component 1", "principal component 2"),
+    "pca": ("principal components of all cells", "principal component 1", "principal component 2"),
+    "axis": ("along the axis", "place along the axis", "component at right angles"),
     "umap": ("UMAP of all cells", "UMAP 1", "UMAP 2"),
 }
 """Projections of a flow: title and names of both directions."""
-MOST_TYPES = 12
-"""Cell types with a colour of their own."""
+DIRECTIONS = {1: "raised", -1: "lowered"}
+MARGIN = 0.12
+"""Room around the cells of a flow, in their own extents."""
+TYPES = (*OKABE_ITO[2:], *MUTED)
+"""Colours of cell types, the most frequent first; the two before them are the arms'."""
 LOOK: dict[str, Any] = {"s": 5, "lw": 0, "rasterized": True}
 
 
@@ -37,20 +40,23 @@ def name_arms(arms: pd.DataFrame) -> dict[str, str]:
 
 
 def draw_map(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
-    """All cells on principal components and in a UMAP of the latents, by type and by arm."""
-    cells = tables["cells"]
-    figure = new_figure(WIDTH, 8.2)
-    panels = figure.subplots(2, 2)
-    for row, (x, y, label) in zip(panels, (("pc1", "pc2", "principal component"), ("umap1", "umap2", "UMAP"))):
-        _draw_by_type(row[0], cells, x, y)
-        _draw_by_arm(row[1], cells, x, y, name_arms(tables["arms"]))
-        for axes in row:
-            axes.set(xlabel=f"{label} 1", ylabel=f"{label} 2", xticks=[], yticks=[])
-    _add_legends(panels[1])
-    panels[0][0].set_title("Cell types", loc="left")
-    panels[0][1].set_title("Arms", loc="left")
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    """All cells on their principal components, by type and by arm; with the arrows of the flow that is on the map."""
+    scores, flows = tables["flow_scores"], tables["flows"]
+    figure = new_figure(WIDTH, 5.9)
+    panels = figure.subplots(1, 2)
+    _draw_by_type(panels[0], tables["cells"], "pc1", "pc2")
+    _draw_by_arm(panels[1], tables["cells"], "pc1", "pc2", name_arms(tables["arms"]))
+    width = float(np.ptp(tables["cells"]["pc1"]))
+    for axes, name, sign in zip(panels, ("Cell types", "Arms"), _directions(scores)):
+        axes.set(xlabel="principal component 1", ylabel="principal component 2", xticks=[], yticks=[])
+        if len(scores):
+            first = scores.iloc[0]
+            _draw_arrows(axes, flows[flows["sign"] == sign], width)
+            name += f"; arrows: {first['symbol']} {DIRECTIONS[sign]}"
+        axes.set_title(name, loc="left")
+    _add_legends(panels)
+    words = [title, *([_say(scores, tables["arms"])] if len(scores) else [])]
+    figure.suptitle("\n".join(word for word in words if word), x=0.01, ha="left", fontsize=10)
     return figure
 
 
@@ -71,16 +77,12 @@ def draw_umap(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
 
 def _draw_by_type(axes: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
     names = list(cells["type"].value_counts().index)
-    for place, name in enumerate(names[:MOST_TYPES]):
+    for place, name in enumerate(names[: len(TYPES)]):
         inside = cells["type"] == name
-        marker = ("o", "^")[place // len(OKABE_ITO)]
-        colour = OKABE_ITO[place % len(OKABE_ITO)]
-        axes.scatter(
-            cells.loc[inside, x], cells.loc[inside, y], color=colour, marker=marker, alpha=0.6, label=name, **LOOK
-        )
-    if len(names) > MOST_TYPES:
-        inside = cells["type"].isin(names[MOST_TYPES:])
-        label = f"{len(names) - MOST_TYPES} others"
+        axes.scatter(cells.loc[inside, x], cells.loc[inside, y], color=TYPES[place], alpha=0.6, label=name, **LOOK)
+    if len(names) > len(TYPES):
+        inside = cells["type"].isin(names[len(TYPES) :])
+        label = f"{len(names) - len(TYPES)} others"
         axes.scatter(cells.loc[inside, x], cells.loc[inside, y], color=PALE, label=label, zorder=0, **LOOK)
 
 
@@ -111,46 +113,56 @@ def _add_legends(panels: Any) -> None:
 
 
 def draw_flows(tables: dict[str, pd.DataFrame], title: str = "") -> Figure:
-    """One row per flow: where its steps lead along the axis, on principal components and in a UMAP."""
+    """Two rows per flow, the gene raised and lowered: on principal components, along the axis and in a UMAP."""
     flows, scores = tables["flows"], tables["flow_scores"]
     names = list(dict.fromkeys(scores["flow"]))
-    figure = new_figure(WIDTH * 1.2, 4.3 * len(names) + 0.5)
+    figure = new_figure(WIDTH * 1.2, 7.6 * len(names) + 0.5)
     parts = figure.subfigures(len(names), 1, squeeze=False)[:, 0]
     arms = name_arms(tables["arms"])
     for part, name in zip(parts, names):
         own, judged = flows[flows["flow"] == name], scores[scores["flow"] == name]
-        part.suptitle(_say(judged), x=0.01, ha="left", fontsize=9.5)
-        panels = part.subplots(1, len(PLANES))
-        for axes, (plane, (heading, x, y)) in zip(panels, PLANES.items()):
-            _draw_plane(axes, own[own["projection"] == plane], arms)
-            axes.set(xlabel=x, ylabel=y, xticks=[], yticks=[])
-            axes.set_title(heading, loc="left")
+        words = ([title] if title and name == names[0] else []) + [_say(judged, tables["arms"])]
+        part.suptitle("\n".join(words), x=0.01, ha="left", fontsize=10)
+        grid = part.subplots(2, len(PLANES))
+        for row, sign in zip(grid, _directions(judged)):
+            for axes, (plane, (heading, x, y)) in zip(row, PLANES.items()):
+                table = own[(own["projection"] == plane) & ((own["kind"] == "cell") | (own["sign"] == sign))]
+                _draw_plane(axes, table, arms, flat=plane != "umap")
+                axes.set(xlabel=x, ylabel=y, xticks=[], yticks=[])
+                axes.set_title(f"{judged.iloc[0]['symbol']} {DIRECTIONS[sign]}: {heading}", loc="left")
         if name == names[-1]:
-            handles, labels = panels[0].get_legend_handles_labels()
+            handles, labels = grid[0][0].get_legend_handles_labels()
             part.legend(handles, labels, loc="outside lower center", ncols=3, markerscale=2.5, handletextpad=0.2)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
 
 
-def _say(judged: pd.DataFrame) -> str:
+def _directions(scores: pd.DataFrame) -> tuple[int, int]:
+    """Both directions, first the one whose cosine is told."""
+    sign = int(scores["sign"].iloc[0]) if len(scores) else 1
+    return sign, -sign
+
+
+def _say(judged: pd.DataFrame, arms: pd.DataFrame) -> str:
     """The flow in a sentence, with its cosines."""
     first = judged.iloc[0]
-    what = "raised" if first["sign"] > 0 else "lowered"
+    sign = int(first["sign"])
     cells = "all cells" if first["cells"] == "all" else first["cells"].replace(" + ", "s + ") + "s"
+    named = dict(zip(arms["arm"], arms["values"]))
     numbers = "; ".join(
-        f"{_signed(row.cosine)} [{_signed(row.low)}, {_signed(row.high)}] on {row.arm}" for row in records(judged)
+        f"{_signed(row.cosine)} [{_signed(row.low)}, {_signed(row.high)}] on {row.arm} cells" for row in records(judged)
     )
     both = judged["low"].to_numpy() > 0, judged["high"].to_numpy() < 0
-    towards = "→ perturbed" if both[0].all() else "→ unperturbed" if both[1].all() else "no clear direction"
-    return f"{first['symbol']} {what} in {cells} {towards}: cosine with the axis {numbers}"
+    arm = "perturbed" if both[0].all() else "unperturbed" if both[1].all() else None
+    towards = f" → {named[arm]}" if arm else ": no clear direction"
+    return f"{first['symbol']} {DIRECTIONS[sign]} in {cells}{towards}; cosine with the axis\n{numbers}"
 
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _draw_plane(axes: Axes, table: pd.DataFrame, arms: dict[str, str]) -> None:
+def _draw_plane(axes: Axes, table: pd.DataFrame, arms: dict[str, str], *, flat: bool) -> None:
+    """Cells and arrows; a `flat` plane shows the flow's own cells up close, with their means, which UMAPs have none."""
     cells, arrows = table[table["kind"] == "cell"], table[table["kind"] == "arrow"]
     other = cells[cells["arm"] == "other"]
     axes.scatter(other["x"], other["y"], color=PALE, alpha=0.5, **{**LOOK, "s": 3})
@@ -160,16 +172,22 @@ def _draw_plane(axes: Axes, table: pd.DataFrame, arms: dict[str, str]) -> None:
     for arm, marker in (("unperturbed", "D"), ("perturbed", "X")):
         inside = mixed["arm"] == arm
         axes.scatter([], [], color=ARMS[arm], label=arms[arm], **LOOK)
-        if inside.any():
+        if flat and inside.any():
             look: dict[str, Any] = {"ms": 9, "mfc": ARMS[arm], "mec": "white", "mew": 1.3, "zorder": 6}
             axes.plot(*mixed.loc[inside, ["x", "y"]].mean(), marker, ls="none", **look)
     axes.plot([], [], "D", color=GREY, ms=3, label="means of the arms (◆, ✖)")
-    if len(arrows):
-        _draw_arrows(axes, arrows, float(np.ptp(cells["x"])))
+    seen = mixed if flat and len(mixed) else cells
+    if flat and len(mixed):
+        for place, limit in (("x", axes.set_xlim), ("y", axes.set_ylim)):
+            low, high = mixed[place].min(), mixed[place].max()
+            limit(low - MARGIN * (high - low), high + MARGIN * (high - low))
+    _draw_arrows(axes, arrows, float(np.ptp(seen["x"])))
 
 
 def _draw_arrows(axes: Axes, arrows: pd.DataFrame, width: float) -> None:
-    """Mean steps, the longest as long as a square and a half; lengths compare within a panel only."""
+    """Mean steps, the longest as long as a tenth of the panel; lengths compare within a panel only."""
+    if not len(arrows):
+        return
     length = np.hypot(arrows["u"], arrows["v"]).max()
     scale = float(length) / (0.1 * width) if length > 0 and width > 0 else 1.0
     axes.quiver(

@@ -26,14 +26,19 @@ class Series(NamedTuple):
 
 
 SERIES = (
-    Series("aligned", "perturbedvae_rotated", "PerturbedVAE, sparsest mechanisms", OKABE_ITO[0], "o"),
-    Series("aligned", "perturbedvae_targets", "… told which environments share a target", OKABE_ITO[5], "s", "--"),
-    Series("aligned", "perturbedvae", "PerturbedVAE, as trained", OKABE_ITO[2], "^"),
-    Series("penalty_only", "perturbedvae_rotated", "alignment penalty only, sparsest mechanisms", "#8C510A", "X"),
-    Series("start_only", "perturbedvae_rotated", "aligned start only, sparsest mechanisms", "#A6A6A6", "p"),
-    Series("unaligned", "perturbedvae_rotated", "no alignment, sparsest mechanisms", OKABE_ITO[1], "D"),
-    Series("unaligned", "perturbedvae_targets", "no alignment, told the targets", OKABE_ITO[4], "P", "--"),
-    Series("unaligned", "perturbedvae", "no alignment, as trained", OKABE_ITO[3], "v"),
+    Series("aligned", "perturbedvae_rotated", "LatentVAE, sparsest mechanisms", OKABE_ITO[0], "o"),
+    Series(
+        "aligned", "perturbedvae_targets", "LatentVAE, told which environments share a target", OKABE_ITO[5], "s", "--"
+    ),
+    Series("aligned", "perturbedvae", "LatentVAE, as trained", OKABE_ITO[2], "^"),
+    Series("penalty_only", "perturbedvae_rotated", "LatentVAE, penalty only, sparsest mechanisms", "#8C510A", "X"),
+    Series("start_only", "perturbedvae_rotated", "LatentVAE, start only, sparsest mechanisms", "#A6A6A6", "p"),
+    Series("unaligned", "perturbedvae_rotated", "LatentVAE, no alignment, sparsest mechanisms", OKABE_ITO[1], "D"),
+    Series("unaligned", "perturbedvae_targets", "LatentVAE, no alignment, told the targets", OKABE_ITO[4], "P", "--"),
+    Series("unaligned", "perturbedvae", "LatentVAE, no alignment, as trained", OKABE_ITO[3], "v"),
+    Series("matched", "perturbedvae_class", "class PerturbedVAE, matched partners", "#44AA99", "<"),
+    Series("aligned", "perturbedvae_class", "class PerturbedVAE, random partners", "#882255", ">"),
+    Series("unaligned", "perturbedvae_class", "class PerturbedVAE, no alignment", "#999933", "h"),
     Series("none", "plain_vae", "plain VAE", GREY, "o"),
     Series("none", "pca", "PCA", GREY, "s"),
     Series("none", "environment_mean", "mean of the environment, E[z | u]", GREY, "D"),
@@ -41,7 +46,7 @@ SERIES = (
     Series("none", "empty_graph", "empty graph", GREY, "P"),
     Series("none", "supervised_linear", "ceiling: linear regression on true z", "black", "*"),
 )
-"""In this order from top to bottom; the first eight are the method."""
+"""In this order from top to bottom; the first eleven are the method."""
 
 FACTORS = {
     "environments": ("n_environments", "environments"),
@@ -60,7 +65,7 @@ METRICS = {
 PUBLISHED = {"mcc_pooled": (0.86, 0.81), "r2_nu": (0.95, 0.93), "r2_iota": (0.97, 0.66)}
 """Table 1 of the paper: with and without alignment."""
 
-DRAWN_OVER_FACTORS = (0, 2, 5, 10)
+DRAWN_OVER_FACTORS = (0, 2, 5, 13)
 """Places in `SERIES`."""
 
 LEVEL_TITLES = {

@@ -12,13 +12,16 @@ import pandas as pd
 from perturbed.errors import DataError
 from perturbed.evaluation.statistics import wilson
 from perturbed.figures.style import GREY, OKABE_ITO, PALE, RC, WIDTH, draw_note, new_figure, save, write_in_row
-from perturbed.pathways.judge_statistics import ALL, NOT_JUDGED
+from perturbed.pathways.judge_statistics import NOT_JUDGED, POOLED
+from perturbed.pathways.spec import CONTROL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LISTED, RANDOM = OKABE_ITO[1], GREY
+COLOURS = {"random": RANDOM, "control": RANDOM, "pooled": "#000000", "gradient": LISTED, "rival": OKABE_ITO[0]}
+MARKERS = {"random": "s", "control": "o", "pooled": "D", "gradient": "o", "rival": "o"}
 LIMITS = (1 / 50, 50.0)
 """Odds ratios beyond are drawn as arrows at the edge."""
 
@@ -75,18 +78,20 @@ def draw_judge(tables: dict[str, pd.DataFrame], title: str = "") -> tuple[Figure
 
 
 def _arrange(odds: pd.DataFrame) -> pd.DataFrame:
-    """Rows from top to bottom: for each library its random pathways, all lists, and each list."""
+    """Rows from top to bottom: for each library its random pathways, the gradient lists together, and each list."""
     many = odds["library"].nunique() > 1
-    grouped = odds.loc[odds["list"] != ALL, "group"].nunique() > 1
+    grouped = odds.loc[odds["list"] != POOLED, "group"].nunique() > 1
     rows: list[dict[str, Any]] = []
     for library, part in odds.groupby("library", sort=False):
         prefix = f"{library}: " if many else ""
-        first = part.iloc[0]
+        first = part.iloc[int(part["n_random"].argmax())]  # the control's row leaves its own pathways out of them
         counts = {key: first[f"n_random_{key}"] for key in ("yes", "no", "undecided")}
         rows.append({"label": f"{prefix}random pathways", "kind": "random", **counts})
         for row in part.to_dict("records"):
             name = str(row["list"]).replace("_", " ") + (f", {row['group']}" if grouped and row["group"] else "")
-            kind = "all" if row["list"] == ALL else "list"
+            kind = "gradient" if str(row["list"]).startswith("gradient_") else "rival"
+            kind = {POOLED: "pooled", CONTROL: "control"}.get(row["list"], kind)
+            name = {"pooled": f"{name} together", "control": "random genes (control)"}.get(kind, name)
             counts = {key: row[f"n_{key}"] for key in ("yes", "no", "undecided")}
             kept = {key: row[key] for key in ("odds_ratio", "low", "high", "p", "p_holm", "reason")}
             rows.append({"label": fill(prefix + name, 34), "kind": kind, **counts, **kept})
@@ -108,14 +113,14 @@ def _draw_odds(axes: Axes, rows: pd.DataFrame) -> None:
         if not np.isfinite(row["low"]) and not np.isfinite(row["high"]):
             write_in_row(axes, y, row["reason"] if isinstance(row["reason"], str) and row["reason"] else "undefined")
             continue
-        colour = "#000000" if row["kind"] == "all" else LISTED
+        colour = COLOURS[row["kind"]]
         low, high, value = (float(np.clip(row[key], *LIMITS)) for key in ("low", "high", "odds_ratio"))
         axes.plot([low, high], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
         for end, limit, marker in ((low, LIMITS[0], "<"), (high, LIMITS[1], ">")):
             if end == limit:
                 axes.plot(end, y, marker, ms=5, color=colour, clip_on=False)
         if LIMITS[0] < value < LIMITS[1]:
-            axes.plot(value, y, "D" if row["kind"] == "all" else "o", ms=5.5, color=colour)
+            axes.plot(value, y, MARKERS[row["kind"]], ms=5.5, color=colour)
     ticks = [0.02, 0.1, 0.5, 1, 2, 10, 50]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -124,7 +129,6 @@ def _draw_odds(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _draw_shares(axes: Axes, rows: pd.DataFrame) -> None:
-    colours = {"random": RANDOM, "all": "#000000", "list": LISTED}
     chance = rows.loc[rows["kind"] == "random", "share"]
     if len(chance) == 1:
         axes.axvline(float(chance.iloc[0]), color=GREY, lw=1, ls=(0, (4, 2)), zorder=0)
@@ -136,10 +140,9 @@ def _draw_shares(axes: Axes, rows: pd.DataFrame) -> None:
         if np.isnan(row["share"]):
             write_in_row(axes, y, "no verdict")
             continue
-        colour = colours[row["kind"]]
+        colour = COLOURS[row["kind"]]
         axes.plot([row["share_low"], row["share_high"]], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
-        marker = {"random": "s", "all": "D", "list": "o"}[row["kind"]]
-        axes.plot(row["share"], y, marker, ms=5.5, color=colour, clip_on=False)
+        axes.plot(row["share"], y, MARKERS[row["kind"]], ms=5.5, color=colour, clip_on=False)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.set_xlabel("share judged relevant")

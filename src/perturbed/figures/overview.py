@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 N_PANELS = 8
 N_COLUMNS = 4
+MANY_BLOCKS = 3
 SHOWN_REFERENCES = ("technical_duplicate", "interpolated_duplicate", "noise_free", "noise_free_additive")
 
 
@@ -56,7 +57,9 @@ def draw_overview(page: Page) -> tuple[Figure, pd.DataFrame]:
     table = table[table["method"] != "truth"]
     pages = [key for key, _ in table.groupby(["dataset", "split"], sort=True)]
     blocks = [table[(table["dataset"] == dataset) & (table["split"] == split)] for dataset, split in pages]
-    chosen = [pick_metrics(block, page.spec.primary_metric, N_PANELS) for block in blocks]
+    # Many test sets would make a figure of metres: each then has one row of panels, not two.
+    n_panels = N_PANELS if len(blocks) <= MANY_BLOCKS else N_COLUMNS
+    chosen = [pick_metrics(block, page.spec.primary_metric, n_panels) for block in blocks]
     heights = [_height(block, metrics) for block, metrics in zip(blocks, chosen)]
     figure = new_figure(WIDTH, sum(heights) + 0.5)
     parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]

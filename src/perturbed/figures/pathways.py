@@ -72,18 +72,23 @@ def draw_pathways(
     """
     import matplotlib as mpl
 
-    top, counts = (_read(enrichment / f"{name}.csv") for name in ("top", "counts"))
     names = {**TITLES, **(titles or {})}
-    shown = None if published is None else _read_published(published)
+    source = read_bars(enrichment, verdicts, published)
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)
-        source = _join(top, counts, None if verdicts is None else _read(verdicts), shown)
         if source.empty:
             figure, source = draw_note("No list has a gene in any pathway.")
         else:
             figure = _draw(source, title, level, names)
         save(figure, source, Path(out_stem))
+
+
+def read_bars(enrichment: Path, verdicts: Path | None, published: Path | None) -> pd.DataFrame:
+    """A bar a row, longest first in each list, with its verdict and its list's counts; arguments of `draw_pathways`."""
+    top, counts = (_read(enrichment / f"{name}.csv") for name in ("top", "counts"))
+    shown = None if published is None else _count_published(read_published(published))
+    return _join(top, counts, None if verdicts is None else _read(verdicts), shown)
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -95,16 +100,26 @@ def _read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts).fillna({"group": ""})
 
 
-def _read_published(path: Path) -> pd.DataFrame:
-    """By list: significant and relevant bars of the paper, and bars in all."""
+def read_published(path: Path) -> pd.DataFrame:
+    """The paper's bars (`kind` bar) and final verdicts (`kind` verdict)."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; leave it out, or give the published table")
-    table = pd.read_csv(path, comment="#", keep_default_na=False)
+    table = pd.read_csv(path, comment="#", keep_default_na=False, dtype=str)
+    table["ratio"] = pd.to_numeric(table["ratio"])
+    return table.assign(significant=table["significant"].str.lower() == "true")
+
+
+def _count_published(table: pd.DataFrame) -> pd.DataFrame:
+    """By list: significant and relevant bars of the paper, and bars in all."""
     bars = table[table["kind"] == "bar"]
-    flags = pd.DataFrame({"list": bars["list"], "significant": bars["significant"].astype(str).str.lower() == "true"})
-    flags["relevant"] = bars["verdict"] == "yes"
-    return flags.groupby("list").agg(
-        paper_significant=("significant", "sum"), paper_relevant=("relevant", "sum"), paper_bars=("relevant", "size")
+    return (
+        bars.assign(relevant=bars["verdict"] == "yes")
+        .groupby("list")
+        .agg(
+            paper_significant=("significant", "sum"),
+            paper_relevant=("relevant", "sum"),
+            paper_bars=("relevant", "size"),
+        )
     )
 
 
@@ -197,7 +212,7 @@ def _draw_list(axes: Axes, bars: pd.DataFrame, name: str, level: float, most: in
     axes.set_yticks(places, [shorten(text) for text in bars["pathway"]], fontsize=6.5)
     axes.set_ylim(most - 0.5, -0.6)
     axes.tick_params(axis="y", length=0)
-    text = _describe(bars)
+    text = describe_list(bars)
     heights = ((text, 4, 7.5, "normal"), (name, 8 + 10 * (text.count("\n") + 1), 9, "bold"))
     for words, up, size, weight in heights:
         axes.annotate(
@@ -218,7 +233,7 @@ def shorten(name: str, width: int = _LINE, lines: int = 2) -> str:
     return "\n".join([*parts[: lines - 1], (last if len(last) < width else last[: width - 1]) + "…"])
 
 
-def _describe(bars: pd.DataFrame) -> str:
+def describe_list(bars: pd.DataFrame) -> str:
     """Significant pathways found and expected, and how many of those shown were called relevant."""
     row = bars.iloc[0]
     text = f"{row['n_significant']:.0f} significant, by chance {row['expected_significant']:.1f}"

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from scipy.linalg import eigh
 
+from perturbed.interpret.identifiability_class import FittedClass, fit_class
 from perturbed.interpret.identifiability_spec import Arm, EstimatorOptions, IdentifiabilitySetting
 from perturbed.interpret.latent_network import LatentLoss, LatentVAE
 from perturbed.interpret.latent_simulation import TEST, TRAIN, LatentCells, LatentWorld
@@ -233,6 +234,10 @@ def run_setting(setting: IdentifiabilitySetting, seed: int, device: str = "cpu",
         for arm in setting.arms:
             fitted = fit_network(train_cells, sizes, setting.estimator, arm=arm, seed=seed, device=device)
             rows += [(arm, *scored) for scored in _score_fit(world, train_cells, test, fitted)]
+        if setting.perturbedvae_class:
+            for name, fit in fit_class(train_cells, sizes[1:], seed=seed, device=device):
+                scored = _score_fit(world, train_cells, test, fit, "perturbedvae_class")
+                rows += [(name, *score) for score in scored]
         if setting.plain_vae:
             fitted = fit_network(
                 train_cells, sizes, setting.estimator, arm="unaligned", seed=seed, device=device, plain=True
@@ -269,20 +274,24 @@ def score_latents(test: LatentCells, latents: Latents) -> list[tuple[str, float]
 
 
 def _score_fit(
-    world: LatentWorld, cells: LatentCells, test: LatentCells, fitted: Fitted
+    world: LatentWorld,
+    cells: LatentCells,
+    test: LatentCells,
+    fitted: Fitted | FittedClass,
+    name: str = "perturbedvae",
 ) -> Iterator[tuple[str, str, float]]:
     """Scores of the latents as trained, rotated to sparse mechanisms, and rotated by the known targets."""
-    own, other = fitted.encode(cells.x, cells.environment), fitted.encode(test.x, test.environment)
+    own, other = (Latents(*fitted.encode(part.x, part.environment)) for part in (cells, test))
     fixed = tuple(range(own.z_nu.shape[1]))  # as trained, the order of the latents is the causal order
     edges = estimate_edges(*own, cells.environment, order=fixed)
-    yield from _score_one("perturbedvae", world, test, other, edges)
-    rotations = {"perturbedvae_rotated": rotate_to_sparse_mechanisms(*own, cells.environment)}
+    yield from _score_one(name, world, test, other, edges)
+    rotations = {f"{name}_rotated": rotate_to_sparse_mechanisms(*own, cells.environment)}
     counts = np.bincount(world.orphan[world.orphan >= 0], minlength=own.z_nu.shape[1])
     if counts.min() >= 2:
-        rotations["perturbedvae_targets"] = rotate_to_targets(*own, cells.environment, world.orphan)
-    for name, rotation in rotations.items():
+        rotations[f"{name}_targets"] = rotate_to_targets(*own, cells.environment, world.orphan)
+    for rotated, rotation in rotations.items():
         edges = estimate_edges(rotation.apply(*own), own.z_iota, cells.environment, orphaned=rotation.orphaned)
-        yield from _score_one(name, world, test, Latents(rotation.apply(*other), other.z_iota), edges)
+        yield from _score_one(rotated, world, test, Latents(rotation.apply(*other), other.z_iota), edges)
 
 
 def _score_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perturbed.config import Section
 from perturbed.errors import ConfigError
@@ -43,6 +43,18 @@ class LatentWorldOptions(Section):
     """Assumption (iv): environment e removes all parents of latent e mod d_nu. `false` breaks it."""
     shared_noise: bool = True
     """Assumption (iii): a cell and its control partner share their background noise. `false` breaks it."""
+
+    @model_validator(mode="after")
+    def _check_mixing(self) -> LatentWorldOptions:
+        n_latents = self.d_nu + self.d_iota
+        if self.n_genes < n_latents:
+            raise ValueError(f"n_genes {self.n_genes} cannot show {n_latents} latents; take at least {n_latents}")
+        if not n_latents <= self.mixing_width <= self.n_genes:
+            raise ValueError(
+                f"mixing_width {self.mixing_width} cannot be inverted; "
+                f"take {n_latents} (all latents) to {self.n_genes} (all genes)"
+            )
+        return self
 
 
 class EstimatorOptions(Section):
@@ -88,6 +100,8 @@ class IdentifiabilitySetting(Section):
     """The estimator."""
     arms: tuple[Arm, ...] = ("aligned", "unaligned")
     """Fits with and without the alignment."""
+    perturbedvae_class: bool = False
+    """Also fit the class that predicts real cells; see the study's option."""
     plain_vae: bool = False
     """Also fit a plain VAE as a floor; its one standard normal prior knows no environments."""
 
@@ -103,6 +117,9 @@ class IdentifiabilityStudy(Section):
     """Fits in the base setting."""
     arms: tuple[Arm, ...] = Field(("aligned", "unaligned"), min_length=1)
     """Fits in the other settings."""
+    perturbedvae_class: bool = False
+    """Also fit the class `PerturbedVAE`, which predicts real cells, in the base setting: its defaults, with random
+    partners, with matched ones, and without alignment. Three fits more for each seed."""
     environments: tuple[int, ...] = (4, 8, 24)
     """Other numbers of environments."""
     cells: tuple[int, ...] = (750, 1500, 12000)
@@ -132,7 +149,7 @@ def expand(study: IdentifiabilityStudy) -> dict[str, IdentifiabilitySetting]:
     Raises
     ------
     ConfigError
-        If a mixing is too narrow to be inverted, or two settings have one name.
+        If two settings have one name.
     """
     settings: dict[str, IdentifiabilitySetting] = {}
 
@@ -141,11 +158,6 @@ def expand(study: IdentifiabilityStudy) -> dict[str, IdentifiabilitySetting]:
         if name in settings:
             raise ConfigError(f"identifiability: setting {name!r} occurs twice; name every level once")
         changed = LatentWorldOptions.model_validate({**study.world.model_dump(), **world})
-        if changed.mixing_width < changed.d_nu + changed.d_iota or changed.n_genes < changed.mixing_width:
-            raise ConfigError(
-                f"identifiability: mixing_width {changed.mixing_width} cannot be inverted; "
-                f"take {changed.d_nu + changed.d_iota} (all latents) to {changed.n_genes} (all genes)"
-            )
         settings[name] = IdentifiabilitySetting(
             name=name,
             factor=factor,
@@ -153,6 +165,7 @@ def expand(study: IdentifiabilityStudy) -> dict[str, IdentifiabilitySetting]:
             world=changed,
             estimator=EstimatorOptions.model_validate({**study.estimator.model_dump(), **estimator}),
             arms=study.base_arms if factor == "base" else study.arms,
+            perturbedvae_class=study.perturbedvae_class and factor == "base",
             plain_vae=factor == "base",
         )
 

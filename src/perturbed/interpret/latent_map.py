@@ -65,7 +65,7 @@ def map_latents(
     for name, path in models.items():
         method = load_model(path)
         columns = cells.var.index.get_indexer(pd.Index(method.genes))
-        latents = _latents(method, sparse.csr_matrix(X[:, columns]), study.latent, str(path))
+        latents = _latents(method, sparse.csr_matrix(X[:, columns]), list(obs.index), study.latent, str(path))
         tsne = TSNE(perplexity=min(study.perplexity, (len(rows) - 1) / 3), init="pca", random_state=study.seed)
         place = tsne.fit_transform(latents.astype(np.float64))
         block = pd.DataFrame({"method": name.partition("@")[0], "cell": obs.index, "x": place[:, 0], "y": place[:, 1]})
@@ -85,9 +85,9 @@ def _draw(names: pd.Index, study: LatentMap, where: str) -> pd.Index:
     return names if len(names) <= study.n_cells else names[rng.choice(len(names), study.n_cells, replace=False)]
 
 
-def _latents(method: Method, X: sparse.csr_matrix, latent: str, where: str) -> np.ndarray:
+def _latents(method: Method, X: sparse.csr_matrix, cells: list[str], latent: str, where: str) -> np.ndarray:
     if latent == "encoder":
-        return method.represent(X)
+        return method.represent_cells(X, cells)
     background = getattr(method, "encode_background", None)
     if background is None:
         raise MethodError(f"{where}: {type(method).__name__} has no background latents; take `latent: encoder`")

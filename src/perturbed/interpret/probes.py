@@ -83,10 +83,10 @@ def probe_split(
     frozen, chosen = read_split(split), read_features(features)
     if chosen.header.get("split_sha256") != frozen.header["sha256"]:
         raise LeakageError(f"{features}: made from another split than {split}; rerun `perturbed features`")
-    X, labels = _probed_cells(prepared, frozen.table, chosen, spec, str(split))
+    X, labels, names = _probed_cells(prepared, frozen.table, chosen, spec, str(split))
     found = _reference_representations(X, chosen, spec)
     for name, path in models.items():
-        found += _represent(name.partition("@")[0], path, X, chosen, frozen.header["sha256"])
+        found += _represent(name.partition("@")[0], path, X, names, chosen, frozen.header["sha256"])
     head = {key: frozen.header.get(key, "") for key in ("dataset", "split", "fold")}
     rows = [{**head, **row} for representation in found for row in probe(representation, labels, spec)]
     with atomic(out) as part:
@@ -234,8 +234,8 @@ def _reduce(train: np.ndarray, test: np.ndarray, n_dimensions: int) -> tuple[np.
 
 def _probed_cells(
     prepared: Path, table: pd.DataFrame, features: Features, spec: ProbeSpec, where: str
-) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Log-normalised expression of the test part's perturbed cells on the features' genes, and their conditions."""
+) -> tuple[sparse.csr_matrix, np.ndarray, list[str]]:
+    """Expression of the test part's perturbed cells on the features' genes, and the cells' conditions and names."""
     cells = open_prepared(prepared)
     test = table[(table["part"] == "test") & (table["perturbation"] != CONTROL)]["perturbation"]
     least = max(spec.min_cells, spec.n_folds)
@@ -253,8 +253,8 @@ def _probed_cells(
     columns = cells.var.index.get_indexer(features.genes)
     if rows[0] < 0 or (columns < 0).any():
         raise DataError(f"{prepared}: lacks cells of {where} or genes of its features; rerun the stages after it")
-    labels = test.reindex(cells.obs.index[rows]).to_numpy(dtype=str)
-    return read_rows(cells.X, rows)[:, columns], labels
+    names = cells.obs.index[rows]
+    return read_rows(cells.X, rows)[:, columns], test.reindex(names).to_numpy(dtype=str), list(names)
 
 
 def _cap(test: pd.Series, spec: ProbeSpec) -> pd.Series:
@@ -274,7 +274,7 @@ def _reference_representations(X: sparse.csr_matrix, features: Features, spec: P
 
 
 def _represent(
-    name: str, path: Path, X: sparse.csr_matrix, features: Features, split_sha256: str
+    name: str, path: Path, X: sparse.csr_matrix, cells: list[str], features: Features, split_sha256: str
 ) -> list[Representation]:
     from perturbed.models.base import load_model
 
@@ -286,7 +286,7 @@ def _represent(
     if (columns < 0).any():
         raise DataError(f"{path}: has genes that the features have not; fit it on these features")
     X = sparse.csr_matrix(X[:, columns])
-    found = [Representation(name, name, method.represent(X), extra.get("seed"))]
+    found = [Representation(name, name, method.represent_cells(X, cells), extra.get("seed"))]
     background = getattr(method, "encode_background", None)
     if background is not None:
         found.append(Representation(name, f"{name}, z_iota", background(X), extra.get("seed")))

@@ -25,7 +25,7 @@ from perturbed.data.contracts import Prediction
 from perturbed.errors import ConfigError, DataError, MethodError, UnseenPerturbationError
 from perturbed.files import atomic, write_json
 from perturbed.models.spec import MethodSpec, load_method_spec
-from perturbed.names import CONTROL, genes_of
+from perturbed.names import CONTROL, genes_of, join_genes
 
 __all__ = [
     "FitRun",
@@ -107,6 +107,8 @@ class FitRun:
     progress: bool = True
     threads: int = 1
     """Cores to work on; never changes the result."""
+    notes: list[str] = field(default_factory=list)
+    """What the record should say beside the device; training adds to it."""
 
 
 class Method(ABC):
@@ -175,6 +177,18 @@ class Method(ABC):
         """
         raise MethodError(f"{type(self).__name__} has no representation of cells to probe")
 
+    def represent_cells(self, X: sparse.csr_matrix, cells: Sequence[str]) -> np.ndarray:
+        """`represent`, for methods that look cells up by name instead of encoding their expression.
+
+        Parameters
+        ----------
+        X
+            Log-normalised expression on `genes`, CSR (n_cells, n_genes).
+        cells
+            Names of the cells (n_cells,).
+        """
+        return self.represent(X)
+
     @abstractmethod
     def fit(self, data: TrainingData, run: FitRun) -> None:
         """Learn from training (and, for early stopping, validation) cells."""
@@ -210,12 +224,16 @@ class Method(ABC):
         """Restore what `state` and `meta` returned."""
 
     def predict(self, targets: Sequence[tuple[str, str]], *, seed: int = 0) -> Prediction:
-        """Predict `(perturbation, context)` pairs; those the method cannot predict are listed in `refused`."""
+        """Predict `(perturbation, context)` pairs; those the method cannot predict are listed in `refused`.
+
+        The genes of a combination may stand in any order.
+        """
         done: list[tuple[str, str, dict[str, np.ndarray]]] = []
         refused: dict[str, str] = {}
         for perturbation, context in targets:
             try:
-                done.append((perturbation, context, self.predict_one(perturbation, context, seed=seed)))
+                found = self.predict_one(join_genes(genes_of(perturbation)), context, seed=seed)
+                done.append((perturbation, context, found))
             except UnseenPerturbationError as error:
                 refused[perturbation] = str(error)
         blank = np.zeros((0, len(self.genes)), dtype=np.float32)

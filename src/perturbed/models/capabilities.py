@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
@@ -16,8 +17,21 @@ _ABSENT = {
 }
 
 
-def explain_lack(need: str, dataset: str) -> str:
-    """One requirement that a dataset does not meet, in words."""
+def list_lacks(method: MethodSpec, card: Card, dataset: str) -> list[str]:
+    """What a method requires and neither the dataset nor a file of its own offers; empty where it runs."""
+
+    def is_there(need: str) -> bool:
+        own = method.own_file(need, dataset)
+        return need in card.provides if own is None else Path(own).is_file()
+
+    return [need for need in method.requires if not is_there(need)]
+
+
+def explain_lack(need: str, method: MethodSpec, dataset: str) -> str:
+    """One requirement that is not met, in words."""
+    own = method.own_file(need, dataset)
+    if own is not None:
+        return f"needs {need.replace('_', ' ')}; {own} is not there"
     absent = _ABSENT.get(need, f"the card of {{dataset}} names none (files.{need})")
     return f"needs {need.replace('_', ' ')}; {absent.format(dataset=dataset)}"
 
@@ -41,7 +55,7 @@ def tabulate(methods: Mapping[str, MethodSpec], cards: Mapping[str, Card]) -> pd
     rows = []
     for name, method in methods.items():
         for dataset, card in cards.items():
-            lacks = [need for need in method.requires if need not in card.provides]
-            reason = "; ".join(explain_lack(need, dataset) for need in lacks)
+            lacks = list_lacks(method, card, dataset)
+            reason = "; ".join(explain_lack(need, method, dataset) for need in lacks)
             rows.append((name, method.title, dataset, not lacks, reason, method.environment))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"runs": bool})

@@ -243,6 +243,7 @@ class CellEmbedding(MeanBaseline):
         super().fit(data, run)
         self._mean_effect()  # refuses training cells without any perturbation
         path = self.require_file(data, "cell_embedding")
+        self._source = str(path)
         vectors = take_vectors(path, [str(cell) for cell in data.cells], "training cells", self.params.key)
         if len(vectors) != len(data.perturbation):
             raise MethodError(f"{path}: training cells without names have no vectors; rerun `perturbed prepare`")
@@ -266,14 +267,38 @@ class CellEmbedding(MeanBaseline):
         genes = require_seen(perturbation, singles, "the head on cell embeddings")
         return np.asarray(sum(self._shift[self._row[gene]] for gene in genes) @ self._weight)
 
+    def represent_cells(self, X: sparse.csr_matrix, cells: Sequence[str]) -> np.ndarray:
+        """The vectors of cells as the file has them, which it was fitted with (n_cells, n_dimensions).
+
+        Parameters
+        ----------
+        X
+            Not used: the vectors were made elsewhere.
+        cells
+            Names of the cells (n_cells,).
+
+        Raises
+        ------
+        DataError
+            If the file is gone or no longer readable.
+        MethodError
+            If it lacks some of the cells.
+        """
+        return take_vectors(self._source, cells, "cells", self.params.key)
+
     def state(self) -> dict[str, Any]:
         """Mean profiles, decoder and shifts."""
         return super().state() | {"weight": self._weight, "shift": self._shift}
+
+    def meta(self) -> dict[str, Any]:
+        """Names of genes, contexts and perturbations, and where the vectors are."""
+        return super().meta() | {"source": self._source}
 
     def load_state(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Restore a fitted head."""
         super().load_state(state, meta)
         self._weight, self._shift = np.asarray(state["weight"]), np.asarray(state["shift"])
+        self._source = str(meta["source"])
 
 
 def _principal_scores(vectors: np.ndarray, n_components: int) -> np.ndarray:

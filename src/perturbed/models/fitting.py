@@ -83,6 +83,7 @@ def fit_model(
     meta = {key: header.get(key) for key in ("dataset", "split", "fold", "sha256")}
     with only_writer(checkpoint if current().leads else None):
         method.fit(data, run)
+        where = Device(where.name, "; ".join([where.reason, *run.notes]))
         if not current().leads:
             return where
         if history is not None:

@@ -42,20 +42,47 @@ def curvature(effects: np.ndarray, background: np.ndarray) -> np.ndarray:
     return np.stack([total, even, odd, even / slope, odd / slope])
 
 
-def saturate_norm(total: np.ndarray, exponent: float, unit: float) -> np.ndarray:
-    """`s (‖s‖ / unit)^(−exponent)`: a response that grows as a power below 1 of the summed effects (..., n_genes).
+def saturation(total: np.ndarray, exponent: float, unit: float) -> float:
+    """`(‖s‖ / unit)^(−exponent)`: what summed effects s are multiplied by, so that a response grows as a lower power.
 
     Parameters
     ----------
     total
-        Summed effects s.
+        Summed effects s (n_genes,).
     exponent
         0 leaves the sum as it is.
     unit
         Size at which it is left as it is, > 0.
     """
-    norm = np.linalg.norm(total, axis=-1, keepdims=True)
-    return np.asarray(total * np.where(norm > 0, norm / unit, 1.0) ** -exponent)
+    norm = float(np.linalg.norm(total))
+    return (norm / unit) ** -exponent if norm > 0 else 1.0
+
+
+def add_on_link(effects: np.ndarray, background: np.ndarray, offset: float, factor: float = 1.0) -> np.ndarray:
+    """Effect of a combination whose members' effects add in the log of expression (n_genes,).
+
+    `f⁻¹(f(c) + factor · Σ_a [f(c + e_a) − f(c)]) − c` with the link `f(m) = log(eᵐ − 1 + offset)`. For mean
+    log-normalised expression m, `eᵐ − 1` stands for expression itself, in which effects multiply. A sum in m is too low
+    for a weakly expressed gene: by c (f − 1)(g − 1) for fold changes f and g, and below zero where both fall.
+
+    Parameters
+    ----------
+    effects
+        Effects on log-normalised expression (n_members, n_genes).
+    background
+        Log-normalised expression of control, c (n_genes,); negative values count as 0.
+    offset
+        1 adds in m itself, 0 in the log of `eᵐ − 1`, which is −∞ for genes that are off.
+    factor
+        Multiplies the sum.
+    """
+    if offset == 1.0:
+        return np.asarray(factor * effects.sum(axis=0))
+    base = np.maximum(background, 0.0)
+    link = np.log(np.expm1(base) + offset)
+    steps = np.log(np.expm1(np.maximum(base + effects, 0.0)) + offset) - link
+    sum_on_link = np.exp(link + factor * steps.sum(axis=0))
+    return np.asarray(np.log1p(np.maximum(sum_on_link - offset, 0.0)) - base)
 
 
 def shared_kernel(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,10 +13,11 @@ from perturbed.models.base import FitRun, TrainingData
 from perturbed.models.denoised import DenoisedEffects, summarise
 from perturbed.models.interaction import (
     Interaction,
+    add_on_link,
     curvature,
     fit_interaction,
     product_kernel,
-    saturate_norm,
+    saturation,
     shared_kernel,
 )
 from perturbed.models.shrinkage import LEVELS, denoise, measure_noise
@@ -31,6 +32,9 @@ class ShrunkInteractionParams(Section):
     saturation: float = Field(0.2, ge=0, lt=1)
     """Prior sub-additivity γ: the sum s of effects is multiplied by (‖s‖ / unit)^−γ, where the unit is the root mean
     square of the single effects' norms. 0 makes unseen combinations additive. Combinations in training take over."""
+    link_offset: float = Field(0.1, gt=0, le=1)
+    """δ of the link log(eᵐ − 1 + δ) on which effects add: towards 0 in the log of expression, where they multiply it;
+    at 1 in log-normalised expression m itself. δ keeps genes that are nearly off from large steps."""
     prior_count: float = Field(16.0, gt=0)
     """How many combinations in training weigh as much as the prior: with n of them the exponent is γ times this over
     this plus n."""
@@ -117,7 +121,9 @@ class ShrunkInteraction(DenoisedEffects):
         self._combinations = [self._members(name) for name in self._learnt]
 
     def _prior(self, rows: np.ndarray) -> np.ndarray:
-        return saturate_norm(self._effect[rows].sum(axis=0), self._exponent, self._unit)
+        effects = self._effect[rows]
+        factor = saturation(effects.sum(axis=0), self._exponent, self._unit)
+        return add_on_link(effects, self._background.mean(axis=0), self.params.link_offset, factor)
 
     def _terms(self, rows: np.ndarray) -> np.ndarray:
         return curvature(self._effect[rows], self._background.mean(axis=0))

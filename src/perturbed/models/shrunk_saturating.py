@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import numpy as np
 
 from perturbed.models.base import FitRun, TrainingData
@@ -13,10 +11,12 @@ from perturbed.models.shrinkage import measure_noise, shrink_low_rank, shrink_po
 from perturbed.names import CONTROL
 
 
-def saturate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """`sign(a) √(a² + b²)` where the signs agree, `a + b` where they do not."""
-    agree = np.sign(first) == np.sign(second)
-    return np.where(agree, np.sign(first) * np.hypot(first, second), first + second)
+def saturate(effects: np.ndarray) -> np.ndarray:
+    """`√(Σ a²)` over the positive of the effects (n_perturbed, n_genes) minus the same over the negative.
+
+    Of two that is `sign(a) √(a² + b²)` where the signs agree and `a + b` where they do not.
+    """
+    return np.asarray(np.linalg.norm(np.maximum(effects, 0), axis=0) - np.linalg.norm(np.minimum(effects, 0), axis=0))
 
 
 class ShrunkSaturating(DenoisedEffects):
@@ -25,7 +25,7 @@ class ShrunkSaturating(DenoisedEffects):
     The effect of each perturbation against the control mean is divided, gene by gene, by the standard error of that
     difference (within-condition variance over the cells of both). The singular values of these z-scores are shrunk for
     unit noise (Gavish and Donoho 2017); what is left keeps, entry by entry, the share `max(1 − 1/z², 0)`. The
-    effects of a combination's genes are joined in the order of their names by `saturate`. The control stays its mean.
+    effects of a combination's genes are joined by `saturate`. The control stays its mean.
     """
 
     Params = NoParams
@@ -54,4 +54,4 @@ class ShrunkSaturating(DenoisedEffects):
         self._set(profiles, conditions, tuple(data.genes))
 
     def _combine(self, perturbation: str) -> np.ndarray:
-        return np.asarray(reduce(saturate, self._effect[self._members(perturbation)]))
+        return saturate(self._effect[self._members(perturbation)])

@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from perturbed.data.download import Refused, check_address
 from perturbed.errors import PerturbedError
 from perturbed.pathways.judge_spec import JudgeSpec
 
@@ -40,6 +41,7 @@ FORMATS: tuple[tuple[str, dict[str, Any] | None], ...] = (
 """How an answer's form is asked for, the strictest first; a server that refuses one is asked with the next."""
 RETRIED = (408, 409, 425, 429)
 LONGEST_REASON = 500
+SHORTEST_KEY = 8
 _REFUSAL = re.compile(
     r"^\W*(i['’]?m sorry|sorry|i can(not|['’]t)|i am (unable|not able)|i['’]m (unable|not able))\b", re.I
 )
@@ -132,7 +134,12 @@ class OpenAIProvider:
             )  # tries are counted and waits kept by the judge itself
         except Exception as error:
             raise JudgeError(f"judge: the client cannot be made ({self._hide(str(error))})") from None
-        parts = urlsplit(str(self._client.base_url))  # may come from the client's own environment variable
+        address = str(self._client.base_url)  # may come from the client's own environment variable
+        parts = urlsplit(address)
+        try:
+            check_address(address, True)
+        except Refused as error:
+            raise JudgeError(f"judge: {self._hide(str(error))}; correct `base_url`, or OPENAI_BASE_URL") from None
         port = f":{parts.port}" if parts.port else ""
         self.server = f"{parts.scheme}://{parts.hostname}{port}{parts.path}".rstrip("/")
         self._lock = threading.Lock()
@@ -205,7 +212,7 @@ def read_key(variable: str | None) -> str | None:
     Raises
     ------
     JudgeError
-        If the variable is not set, or what it holds stands on the command line.
+        If the variable is not set, or what it holds is no key or stands on the command line.
     """
     if variable is None:
         return None
@@ -217,14 +224,19 @@ def read_key(variable: str | None) -> str | None:
         )
     if not (key.isascii() and key.isprintable()):
         raise JudgeError(f"judge: what the environment variable {variable} holds is no key: not plain ASCII")
-    if len(key) >= 8 and any(key in argument for argument in sys.argv):
+    if len(key) < SHORTEST_KEY:  # could not be kept out of logs without harming other words
+        raise JudgeError(
+            f"judge: what the environment variable {variable} holds is no key: shorter than {SHORTEST_KEY} characters; "
+            "for a server without keys say `key_env: null`"
+        )
+    if any(key in argument for argument in sys.argv):
         raise JudgeError(f"judge: the key of {variable} stands on the command line, which is recorded; take it out")
     return key
 
 
 def hider(key: str | None) -> Callable[[str], str]:
     """A function that takes the key out of a text, whoever put it there."""
-    return (lambda text: text.replace(key, "***")) if key and len(key) >= 8 else (lambda text: text)
+    return (lambda text: text.replace(key, "***")) if key else (lambda text: text)
 
 
 def retry_after(value: str | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What the judge is asked: the first pathways of each list, and random ones of like size that are in none of them."""
+"""What the judge is asked: the first pathways of each list, and random ones of like size beside them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from perturbed.errors import DataError, suggest
 from perturbed.files import sha256_text
 from perturbed.pathways.gene_sets import read_gmt
 from perturbed.pathways.judge_spec import JudgeSpec
+from perturbed.pathways.spec import CONTROL
 
 NEAREST = 10
 """A random pathway is one of so many candidates that are nearest in size to a listed one."""
@@ -29,7 +30,7 @@ class Panel:
     memberships
         `library, list, group, pathway` of the listed ones, lists in the order of the enrichment.
     pathways
-        `library, pathway, lists, is_random, set_size`: one row each, listed ones before random ones, by name.
+        `library, pathway, lists, is_random, set_size`: one row each, by name, random ones last.
     messages
         What is asked about each row of `pathways`.
     """
@@ -42,9 +43,10 @@ class Panel:
 def read_panel(enrichment: str | Path, gene_sets: Mapping[str, Path], spec: JudgeSpec) -> Panel:
     """Listed pathways of an enrichment with random ones beside them.
 
-    Candidates for the random ones were tested, and so could have been listed. They are drawn without replacement: for
-    one listed pathway after the other, over and over, one of the `NEAREST` unused candidates by |log size ratio|. Where
-    a library has fewer candidates than `spec.n_random`, all are taken.
+    Candidates for the random ones were tested, and so could have been listed; they are in no list but that of random
+    genes, which knows nothing and so bars nothing. They are drawn without replacement: for one listed pathway after the
+    other, over and over, one of the `NEAREST` unused candidates by |log size ratio|. Where a library has fewer
+    candidates than `spec.n_random`, all are taken.
 
     Parameters
     ----------
@@ -130,14 +132,17 @@ def draw_matched(listed: np.ndarray, candidates: np.ndarray, n: int, rng: np.ran
 def _one_library(library: str, listed: pd.DataFrame, sizes: pd.Series, spec: JudgeSpec) -> pd.DataFrame:
     names = listed.assign(label=[_label(row) for row in listed.to_dict("records")])
     lists = names.groupby("pathway", sort=True)["label"].agg(";".join)
-    shown = {show_name(pathway) for pathway in lists.index}
-    candidates = sizes[[pathway not in lists.index and show_name(pathway) not in shown for pathway in sizes.index]]
+    barring = sorted(set(listed.loc[listed["list"] != CONTROL, "pathway"])) or list(lists.index)
+    shown = {show_name(pathway) for pathway in barring}
+    candidates = sizes[[show_name(pathway) not in shown for pathway in sizes.index]]
     if candidates.empty:
         raise DataError(f"library {library}: every tested pathway is in a list, so there is none to compare with")
     rng = np.random.default_rng([spec.seed, int(sha256_text(library)[:8], 16)])
-    drawn = draw_matched(sizes[lists.index].to_numpy(float), candidates.to_numpy(float), spec.n_random, rng)
-    random = pd.DataFrame({"pathway": candidates.index[drawn], "lists": "", "is_random": True})
-    found = pd.concat([lists.rename("lists").reset_index().assign(is_random=False), random], ignore_index=True)
+    drawn = draw_matched(sizes[barring].to_numpy(float), candidates.to_numpy(float), spec.n_random, rng)
+    random = candidates.index[drawn]
+    names_of = sorted(set(lists.index) - set(random)) + list(random)
+    found = pd.DataFrame({"pathway": names_of, "lists": [lists.get(name, "") for name in names_of]})
+    found["is_random"] = found["pathway"].isin(random)
     found["set_size"] = sizes[found["pathway"]].to_numpy()
     return found.assign(library=library)[["library", "pathway", "lists", "is_random", "set_size"]]
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from perturbed.config import Section
+from perturbed.data.download import Refused, check_address
 
 PROMPT = """\
 Subject: {subject}
@@ -39,7 +40,8 @@ class JudgeSpec(Section):
     show_genes: bool = False
     """Add the pathway's genes to the question; the paper showed the name alone."""
     base_url: str | None = None
-    """Address of the server, such as `http://localhost:8000/v1`; leave out for the client library's own."""
+    """Address of the server: https, or http on this machine, such as `http://localhost:8000/v1`; leave out for the
+    client library's own."""
     model: str | None = None
     """Model to ask; with `replay`, the one that was asked."""
     key_env: str | None = Field("OPENAI_API_KEY", pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")
@@ -88,6 +90,10 @@ class JudgeSpec(Section):
             raise ValueError("give the whole address, such as http://localhost:8000/v1")
         if "@" in parts.netloc or parts.query or parts.fragment:  # what stands here is written down
             raise ValueError("give the address without user, password, query or fragment; the key goes into `key_env`")
+        try:
+            check_address(value, True)
+        except Refused as error:  # the key would travel for all to read
+            raise ValueError(f"{error}; http is for a server on this machine (localhost), or a tunnel to one") from None
         return value
 
     @model_validator(mode="after")

@@ -17,8 +17,10 @@ import pandas as pd
 from scipy import optimize, special
 
 from perturbed.evaluation.statistics import holm, wilson
+from perturbed.pathways.spec import CONTROL
 
-ALL = "all lists"
+POOLED = "gradient lists"
+"""The row of all lists whose names begin with `gradient_`, taken together."""
 VERDICTS = ("yes", "no", "undecided")
 NOT_JUDGED = "not judged"
 LEVEL = 0.95
@@ -141,13 +143,16 @@ def _root(function) -> float:  # type: ignore[no-untyped-def]
 
 
 def tabulate_odds(verdicts: pd.DataFrame, memberships: pd.DataFrame) -> pd.DataFrame:
-    """Each list, and all lists together, against the random pathways of the same library.
+    """Each list, and the gradients' lists together, against the random pathways of the same library.
+
+    The rivals' lists and the one of random genes stay out of what is taken together, which is about gradients. Random
+    genes are the negative control: their row is no claim, so it takes no share of Holm's error.
 
     Parameters
     ----------
     verdicts
         `library, pathway, set_size, is_random, verdict`: one row per pathway, so that one in several lists counts once
-        where the lists are taken together.
+        where lists are taken together.
     memberships
         `library, list, group, pathway`, of the listed pathways.
 
@@ -155,37 +160,41 @@ def tabulate_odds(verdicts: pd.DataFrame, memberships: pd.DataFrame) -> pd.DataF
     -------
     table
         `library, list, group`, counts of verdicts here and among the random, `odds_ratio, low, high` (95 %), `p`
-        (Fisher), `p_mid`, `p_holm` (Fisher's over the lists of a library; lists taken together stand apart), median set
-        sizes of both, `reason` where undefined. Lists share pathways, so their rows are not independent.
+        (Fisher), `p_mid`, `p_holm` (Fisher's over the lists of a library but the control; lists taken together stand
+        apart), median set sizes of both, `reason` where undefined. Lists share pathways, so their rows are not
+        independent.
     """
     rows = []
     for library, found in verdicts.groupby("library", sort=True):
-        random = found[found["is_random"]]
-        listed = found[~found["is_random"]].set_index("pathway")
-        rows.append(_compare(str(library), ALL, "", listed, random))
         of_library = memberships[memberships["library"] == library]
+        gradients = of_library[of_library["list"].str.startswith("gradient_")]
+        if len(gradients):
+            rows.append(_compare(str(library), POOLED, "", found, set(gradients["pathway"])))
         for (name, group), members in of_library.groupby(["list", "group"], sort=False):
-            rows.append(_compare(str(library), str(name), str(group), listed.loc[list(members["pathway"])], random))
+            rows.append(_compare(str(library), str(name), str(group), found, set(members["pathway"])))
     table = pd.DataFrame(rows)
-    for _, part in table[table["list"] != ALL].groupby("library"):
+    for _, part in table[~table["list"].isin([POOLED, CONTROL])].groupby("library"):
         table.loc[part.index, "p_holm"] = holm(part["p"].to_numpy(float))
     return table
 
 
-def _compare(library: str, name: str, group: str, listed: pd.DataFrame, random: pd.DataFrame) -> dict[str, object]:
+def _compare(library: str, name: str, group: str, found: pd.DataFrame, members: set[str]) -> dict[str, object]:
+    """Members against the random pathways that are none of them: a pathway of the control may have been drawn, too."""
+    own = found["pathway"].isin(members)
+    listed, random = found[own], found[found["is_random"] & ~own]
     here, there = (part["verdict"].value_counts() for part in (listed, random))
     judged = (listed["verdict"] != NOT_JUDGED).any()
     counts = [int(side.get(verdict, 0)) for side in (here, there) for verdict in ("yes", "no")]
-    found = compare_odds(*counts) if judged else _undefined(NOT_JUDGED)
+    odds = compare_odds(*counts) if judged else _undefined(NOT_JUDGED)
     return {
         "library": library, "list": name, "group": group, "n": len(listed),
         **{f"n_{verdict}": int(here.get(verdict, 0)) for verdict in VERDICTS},
         "n_random": len(random),
         **{f"n_random_{verdict}": int(there.get(verdict, 0)) for verdict in VERDICTS},
-        "odds_ratio": found.value, "low": found.low, "high": found.high, "p": found.p, "p_mid": found.p_mid,
+        "odds_ratio": odds.value, "low": odds.low, "high": odds.high, "p": odds.p, "p_mid": odds.p_mid,
         "p_holm": np.nan,
         "median_size": listed["set_size"].median(), "median_size_random": random["set_size"].median(),
-        "reason": found.reason,
+        "reason": odds.reason,
     }  # fmt: skip
 
 

@@ -27,6 +27,8 @@ LISTS = (
     "random",
 )
 """Lists that an axis case can have; it lacks some where its cells came without counts or with too few donors."""
+CONTROL = "random"
+"""The list of random genes: nothing that is found in it means anything."""
 
 
 class GeneSetUrl(Section):

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from perturbed.data.census import frozen
 from perturbed.data.census.cells import open_cells
-from perturbed.data.census.frozen import find_file, read_frozen
+from perturbed.data.census.frozen import find_file, find_symbols, read_frozen
 from perturbed.data.matrices import read_rows
 from perturbed.errors import ConfigError, DataError, FetchError
 from perturbed.files import hash_file
@@ -69,6 +69,20 @@ def test_counts_of_a_frozen_file(islets, atlas_file, tmp_path):
     assert kept["file"]["sha256"] == hash_file(atlas_file) and kept["dataset_ids"] == [DATASET]
     on_disk = open_cells(tmp_path / "cells.h5ad")
     np.testing.assert_array_equal(read_rows(on_disk.X, np.array([1, 4])).toarray(), found.X[[1, 4]].toarray())
+
+
+def test_cells_of_a_frozen_file_with_several_diseases_count_for_each(islets, tmp_path):
+    adata = atlas(islets)
+    primary = np.flatnonzero(adata.obs["is_primary_data"])
+    disease = adata.obs["disease"].astype(str).to_numpy(dtype=object)
+    disease[primary[:5]] = "obesity || type 2 diabetes mellitus"
+    adata.obs["disease"] = disease
+    adata.write_h5ad(tmp_path / "atlas.h5ad")
+    clause = {"column": "disease", "values": "type 2 diabetes mellitus"}
+    card = file_card("h5ad", tmp_path / "atlas.h5ad", dataset_id=DATASET, obs_filter=[clause], columns=["disease"])
+    read_frozen(card, "atlas", tmp_path / "atlas.h5ad", tmp_path / "cells.h5ad")
+    found = anndata.read_h5ad(tmp_path / "cells.h5ad").obs["disease"]
+    assert (found == disease[primary[0]]).sum() == 5 and len(found) == 5 + (disease[primary] == clause["values"]).sum()
 
 
 def test_genes_and_a_draw_of_a_frozen_file(islets, atlas_file, tmp_path):
@@ -148,7 +162,9 @@ def test_latents_of_minified_cells(islets, minified_file, tmp_path):
     read_frozen(card, "latents", minified_file, tmp_path / "cells.h5ad")
     found, source = anndata.read_h5ad(tmp_path / "cells.h5ad"), anndata.read_h5ad(minified_file)
     rows = np.flatnonzero((islets.obs["cell_type"] == BETA["values"]) & islets.obs["is_primary_data"])
-    assert found.shape == (len(rows), 0) and found.obs["source_row"].tolist() == rows.tolist()
+    assert found.shape == (len(rows), 300) and found.X is None and "feature_name" not in found.var
+    assert found.var_names.tolist() == islets.var["feature_id"].tolist()
+    assert found.obs["source_row"].tolist() == rows.tolist()
     np.testing.assert_array_equal(found.obsm["qz_mean"], source.obsm["_scvi_latent_qzm"][rows])
     np.testing.assert_allclose(found.obsm["qz_sd"] ** 2, source.obsm["_scvi_latent_qzv"][rows], rtol=1e-5)
     joined = source.obs["dataset_id"].astype(str) + source.obs["assay"].astype(str) + "cell"
@@ -156,6 +172,21 @@ def test_latents_of_minified_cells(islets, minified_file, tmp_path):
     assert found.obs["soma_joinid"].tolist() == rows.tolist()
     assert json.loads(found.uns["provenance"])["kind"] == "minified"
     np.testing.assert_array_equal(open_cells(tmp_path / "cells.h5ad").obsm["qz_sd"], found.obsm["qz_sd"])
+
+
+def test_minified_cells_get_symbols_from_a_table(islets, minified_file, tmp_path):
+    table = islets.var[["feature_id", "feature_name"]].iloc[:-1]
+    table.to_csv(tmp_path / "symbols.csv.gz", index=False, header=False)
+    symbols = {"source": {"kind": "path", "path": str(tmp_path / "symbols.csv.gz")}, "separator": ","}
+    card = file_card("minified", minified_file, columns=["disease"], symbols=symbols)
+    read_frozen(card, "latents", minified_file, tmp_path / "cells.h5ad", find_symbols(card.cells, "latents"))
+    var = anndata.read_h5ad(tmp_path / "cells.h5ad").var
+    assert var["feature_name"].tolist() == [*table["feature_name"], islets.var["feature_id"].iloc[-1]]
+    with pytest.raises(DataError, match=r"cells.symbols: names none of the file's genes, such as 'ENSMUSG99"):
+        read_frozen(card, "latents", minified_file, tmp_path / "c.h5ad", {"ENSMUSG00000000001": "Gnai3"})
+    card = file_card("minified", minified_file, symbols={"source": {"kind": "path", "path": "nowhere.csv"}})
+    with pytest.raises(DataError, match=r"latents: cells.symbols: source.path: nowhere.csv: no such file"):
+        find_symbols(card.cells, "latents")
 
 
 def test_latents_under_another_name_are_told(minified_file, tmp_path):

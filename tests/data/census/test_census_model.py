@@ -140,7 +140,7 @@ def test_minified_cells_must_have_latents_of_the_models_width(fitted, cells):
     check_model_fits(decoder, anndata.AnnData(obs=obs, obsm={"qz_mean": np.zeros((226, 4), np.float32)}))
     with pytest.raises(DataError, match="latents have 50 dimensions, the model has 4"):
         check_model_fits(decoder, anndata.AnnData(obs=obs, obsm={"qz_mean": np.zeros((226, 50), np.float32)}))
-    with pytest.raises(DataError, match="neither genes nor latents"):
+    with pytest.raises(DataError, match="neither counts nor latents"):
         check_model_fits(decoder, anndata.AnnData(obs=obs))
 
 
@@ -200,6 +200,9 @@ def test_an_unpinned_model_is_accepted_when_asked_for_and_its_hash_printed(serve
     assert json.loads((tmp_path / "model" / "model.json").read_text())["trust_sha256"] is None
 
 
+PX_SCALE = "decoder.px_scale_decoder.0.weight"
+
+
 def rewritten(fitted: Path, folder: Path, change) -> Path:
     content = torch.load(fitted / "model.pt", weights_only=False)
     change(content)
@@ -225,8 +228,13 @@ def test_a_checkpoint_of_an_older_scvi_tools_is_read(fitted, cells, tmp_path):
 
 def test_older_layouts_and_missing_models_are_told(fitted, tmp_path):
     old = rewritten(fitted, tmp_path / "old", lambda content: content["attr_dict"].pop("registry_"))
-    with pytest.raises(DataError, match=r"saved by a scvi-tools before 0.15.*convert_legacy_save"):
-        fetch_model(model_card(kind="path", folder=str(old)), tmp_path / "model")
+    for load in (load_scvi, lambda path: fetch_model(model_card(kind="path", folder=str(path)), tmp_path / "model")):
+        with pytest.raises(DataError, match=r"model.pt: saved by a scvi-tools before 0.15.*legacy_save") as error:
+            load(old)
+        assert "\n" not in str(error.value)
+    other = rewritten(fitted, tmp_path / "other", lambda content: content["model_state_dict"].pop(PX_SCALE))
+    with pytest.raises(DataError, match=rf"not a model of the class SCVI \({PX_SCALE} missing\)"):
+        load_scvi(other)
     with pytest.raises(DataError, match=r"model.folder: .*none/model.pt: no such file"):
         fetch_model(model_card(kind="path", folder=str(tmp_path / "none")), tmp_path / "model")
     assert not (tmp_path / "model").exists()

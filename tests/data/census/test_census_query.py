@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
+import shutil
+import tracemalloc
 
 import anndata
 import cellxgene_census
@@ -16,6 +17,8 @@ from scipy import sparse
 
 from perturbed.data.census import query, remote
 from perturbed.data.census.query import query_cells
+from perturbed.data.census.simulate import simulate_islets
+from perturbed.data.census.spec import IsletParams
 from perturbed.errors import ConfigError, DataError, FetchError
 
 
@@ -139,6 +142,34 @@ def test_chunks_of_another_query_are_not_used(store, tmp_path, monkeypatch):
     assert set(anndata.read_h5ad(out).obs["cell_type"]) == {"type B pancreatic cell"}
 
 
+def test_chunks_of_a_store_that_changed_meanwhile_are_read_again(islets, tmp_path, monkeypatch):
+    """Another store at the same place; or a chunk whose counts are not those of the cells."""
+    out = tmp_path / "cells.h5ad"
+    path = write(islets, tmp_path / "store")
+    with monkeypatch.context() as patch:
+        count_reads(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            query_cells(query_card(), "x", out, store=path)
+    shutil.rmtree(path)
+    counts = islets.counts.copy()
+    counts.data[counts.indptr[1] - 1] = 0
+    counts.eliminate_zeros()
+    changed = islets._replace(counts=counts, obs=islets.obs.assign(nnz=np.diff(counts.indptr)))
+    query_cells(query_card(), "x", out, store=write(changed, path))
+    primary = islets.obs["is_primary_data"].to_numpy()
+    assert (counts[np.flatnonzero(primary)] != anndata.read_h5ad(out).X).nnz == 0
+
+    with monkeypatch.context() as patch:
+        count_reads(patch, stop_after=1)
+        with pytest.raises(KeyboardInterrupt):
+            query_cells(query_card(), "x", tmp_path / "again.h5ad", store=path)
+    (chunk,) = (tmp_path / ".again.h5ad.parts").rglob("*.npz")
+    with np.load(chunk) as arrays:
+        np.savez(chunk, data=arrays["data"], indices=arrays["indices"], indptr=np.minimum(arrays["indptr"], 7))
+    query_cells(query_card(), "x", tmp_path / "again.h5ad", store=path)
+    assert (tmp_path / "again.h5ad").read_bytes() == out.read_bytes()
+
+
 def test_a_failing_network_is_tried_again_and_then_told(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.0)
     calls = []
@@ -235,13 +266,51 @@ def test_releases_without_counted_values_are_read_as_well(islets, tmp_path, monk
     path = broken(islets, tmp_path / "store", obs=islets.obs.drop(columns=["nnz"]))
     query_cells(query_card(columns=["disease"], primary_only=False), "x", tmp_path / "cells.h5ad", store=path)
     assert (islets.counts != anndata.read_h5ad(tmp_path / "cells.h5ad").X).nnz == 0
+    rows = islets.counts.tolil()
+    rows[17] = 0
+    counts = sparse.csr_matrix(rows)
+    path = broken(islets, tmp_path / "empty", obs=islets.obs.drop(columns=["nnz"]), counts=counts)
+    with pytest.raises(DataError, match=r"cell 17 has no value in X\['raw'\] \(1 such cells\); the store is broken"):
+        query_cells(query_card(columns=["disease"], primary_only=False), "x", tmp_path / "c.h5ad", store=path)
 
 
-def test_memory_stays_bounded_by_the_chunk(store, tmp_path, monkeypatch):
-    """No chunk holds more than the limit, unless a single cell does."""
-    sizes = []
-    keep = query._Chunks._keep
-    monkeypatch.setattr(query._Chunks, "_keep", lambda self, k, block: (sizes.append(block), keep(self, k, block)))
-    query_cells(query_card(), "x", tmp_path / "cells.h5ad", store=store)
-    assert len(sizes) > 5 and max(block.nnz for block in sizes) <= 5000
-    assert sys.getsizeof(sizes) and sum(block.shape[0] for block in sizes) == 226
+def test_the_release_of_a_store_is_the_cards_claim(store, tmp_path):
+    query_cells(query_card(census_version="2024-07-01"), "x", tmp_path / "cells.h5ad", store=store)
+    kept = json.loads(anndata.read_h5ad(tmp_path / "cells.h5ad").uns["provenance"])
+    assert kept["census_version"] == "2024-07-01" and kept["census_version_is"] == "claimed by the card"
+    assert kept["summary"]["census_build_date"] == VERSION
+    with pytest.raises(ConfigError, match=r"census_version: 2023-05-15 is before the store at .* built \(2023-12-15\)"):
+        query_cells(query_card(census_version="2023-05-15"), "x", tmp_path / "c.h5ad", store=store)
+
+
+def test_cells_with_several_diseases_count_for_each(islets, tmp_path):
+    """Releases since 2025-11-08 join diseases of one cell by ` || `."""
+    obs = islets.obs.assign(disease=islets.obs["disease"].astype(str))
+    diabetic = np.flatnonzero(obs["is_primary_data"] & (obs["disease"] == "type 2 diabetes mellitus"))
+    obs.loc[diabetic[:9], "disease"] = "obesity || type 2 diabetes mellitus"
+    obs["disease"] = obs["disease"].astype("category")
+    path = broken(islets, tmp_path / "store", obs=obs)
+    wanted = {"column": "disease", "values": "type 2 diabetes mellitus"}
+    card = query_card(obs_filter=[wanted], expect={"values": {"disease": ["obesity"]}})
+    query_cells(card, "x", tmp_path / "cells.h5ad", store=path)
+    found = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    assert found.n_obs == len(diabetic) and (found.obs["disease"] != "type 2 diabetes mellitus").sum() == 9
+    card = query_card(obs_filter=[{"column": "disease", "values": "obesity"}])
+    query_cells(card, "x", tmp_path / "b.h5ad", store=path)
+    assert anndata.read_h5ad(tmp_path / "b.h5ad").n_obs == 9
+
+
+def test_memory_stays_bounded_by_the_chunk(tmp_path, monkeypatch):
+    """Measured: what numpy and Python hold at once, beside the bytes of all counts."""
+    larger = simulate_islets(IsletParams(n_cells=2000, n_genes=600, n_decoys=150), 0)
+    path = write(larger, tmp_path / "store")
+    peaks = {}
+    for n_values in (20_000, 10**7):
+        monkeypatch.setattr(query, "CHUNK_VALUES", n_values)
+        query_cells(query_card(max_cells=30), "x", tmp_path / "first.h5ad", store=path)  # imports
+        tracemalloc.start()
+        query_cells(query_card(), "x", tmp_path / f"{n_values}.h5ad", store=path)
+        peaks[n_values] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    whole = 8 * larger.counts.nnz
+    assert peaks[20_000] < 0.5 * whole < peaks[10**7]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbed.data.census.filters import values_of
 from perturbed.data.census.spec import BATCH, CensusCard, CensusExpectations
 from perturbed.data.download import write_problem
 from perturbed.errors import DataError, FetchError, suggest
@@ -67,7 +68,8 @@ def check_expectations(card: CensusCard, obs: pd.DataFrame, n_vars: int, where: 
     for column, values in expect.values.items():
         if column not in obs:
             raise DataError(f"{where}: expect.values: obs has no column {column!r}; {suggest(column, map(str, obs))}")
-        missing = sorted(set(values) - set(obs[column].astype(str)))
+        known = {value for joined in set(obs[column].astype(str)) for value in values_of(joined)}
+        missing = sorted(set(values) - known)
         if missing:
             raise DataError(f"{where}: expect.values: no cell has {column} {missing[0]!r}; is it the same release?")
 

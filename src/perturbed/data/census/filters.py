@@ -11,6 +11,29 @@ import pandas as pd
 from perturbed.data.census.spec import Clause
 from perturbed.errors import ConfigError, DataError, suggest
 
+SEVERAL = " || "
+"""Parts the values of a cell that has several, as releases since 2025-11-08 do for `disease`."""
+
+
+def values_of(text: str) -> list[str]:
+    """The values of a cell: itself, and each of several."""
+    return [text, *text.split(SEVERAL)] if SEVERAL in text else [text]
+
+
+def widen(clause: Clause, known: Callable[[str], set[str] | None]) -> Clause:
+    """A clause whose `values` name every joined value that holds one of them, too.
+
+    Parameters
+    ----------
+    known
+        Gives the values of a column of text; None for other columns.
+    """
+    if clause.values is None:
+        return clause
+    wanted, found = set(clause.values), known(clause.column) or set()
+    joined = sorted(value for value in found - wanted if wanted & set(values_of(value)))
+    return clause.model_copy(update={"values": (*clause.values, *joined)}) if joined else clause
+
 
 def as_text(clause: Clause | str) -> str:
     """A clause in the filter language of SOMA."""
@@ -121,6 +144,8 @@ def check_values(where: str, clauses: Sequence[Clause | str], known: Callable[[s
         if isinstance(clause, str) or clause.values is None:
             continue
         found = known(clause.column)
+        if found is not None:
+            found = {value for joined in found for value in values_of(joined)}
         for value in clause.values:
             if found is not None and isinstance(value, str) and value not in found:
                 raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbed.data.census.cells import add_batch, check_expectations, write_cells
-from perturbed.data.census.filters import check_columns, check_values, join, select
+from perturbed.data.census.filters import check_columns, check_values, join, select, widen
 from perturbed.data.census.spec import BATCH, CensusCard, Clause, H5adCells, MinifiedCells, check_gene_id
 from perturbed.data.matrices import read_rows
 from perturbed.data.ondisk import MatrixOnDisk
@@ -27,7 +27,9 @@ COMPUTED = ("nnz", "raw_sum")
 PRIMARY = Clause(column="is_primary_data", values=(True,))
 
 
-def read_frozen(card: CensusCard, name: str, path: str | Path, out: str | Path) -> None:
+def read_frozen(
+    card: CensusCard, name: str, path: str | Path, out: str | Path, symbols: Mapping[str, str] | None = None
+) -> None:
     """Take the cells of a card from its file and write `cells.h5ad`.
 
     The file's tables are read column by column, its matrices by blocks of rows.
@@ -42,8 +44,10 @@ def read_frozen(card: CensusCard, name: str, path: str | Path, out: str | Path) 
         The file, fetched or local.
     out
         The `cells.h5ad` to write. From a frozen h5ad: `X` raw counts, `var` indexed by Ensembl id. From minified cells:
-        no genes, `obsm["qz_mean"]` and `obsm["qz_sd"]`, the posterior of the latents (n_cells, n_latent). `obs` holds
-        the columns asked for, `batch` and `source_row`, the row in the file.
+        no `X`, `var` with the model's genes, `obsm["qz_mean"]` and `obsm["qz_sd"]`, the posterior of the latents
+        (n_cells, n_latent). `obs` holds the columns asked for, `batch` and `source_row`, the row in the file.
+    symbols
+        Symbols by Ensembl id, for minified cells whose file has none.
 
     Raises
     ------
@@ -59,7 +63,7 @@ def read_frozen(card: CensusCard, name: str, path: str | Path, out: str | Path) 
         raise DataError(f"{name}: {path}: no such file; correct cells.local")
     try:
         with h5py.File(path, "r") as file:
-            _write(file, card, cells, name, path, Path(out))
+            _write(file, card, cells, name, path, Path(out), symbols or {})
     except (OSError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{name}: {path}: not a readable h5ad ({reason}); delete it and run again") from None
@@ -93,13 +97,48 @@ def find_file(
     return fetch_file(cells.file, Path(data_dir) / "downloads", mirror=near, allow_unpinned=allow_unpinned)
 
 
+def find_symbols(
+    cells: H5adCells | MinifiedCells,
+    name: str,
+    *,
+    data_dir: str | Path = "data",
+    mirror: str | Path | None = None,
+    allow_unpinned: bool = False,
+) -> dict[str, str]:
+    """Symbols by Ensembl id from the table that a card names, fetched where it is on the web; empty without one.
+
+    Raises
+    ------
+    DataError
+        If the table cannot be read.
+    FetchError
+        If it cannot be had, or is not the pinned one.
+    """
+    from perturbed.pathways.gene_sets import Access, find_library
+    from perturbed.pathways.identifiers import read_id_table
+
+    if not isinstance(cells, MinifiedCells) or cells.symbols is None:
+        return {}
+    access = Access(Path(data_dir), None if mirror is None else Path(mirror), allow_unpinned)
+    table = read_id_table(cells.symbols, find_library(cells.symbols.source, f"{name}: cells.symbols", access))
+    return {gene: targets[0] for gene, targets in table.items()}
+
+
 def _write(
-    file: h5py.File, card: CensusCard, cells: H5adCells | MinifiedCells, name: str, path: Path, out: Path
+    file: h5py.File,
+    card: CensusCard,
+    cells: H5adCells | MinifiedCells,
+    name: str,
+    path: Path,
+    out: Path,
+    symbols: Mapping[str, str],
 ) -> None:
-    matrix, var, blocks = None, pd.DataFrame(index=pd.Index([], name="feature_id", dtype=object)), None
+    matrix, blocks = None, None
     if isinstance(cells, H5adCells):
         matrix, table = _counts(file, cells, f"{name}: {path}")
         var, columns = _genes(table, cells, name)
+    else:
+        var = _named_genes(_read(file["var"]), cells, name, symbols)
     obs, rows = _select(file["obs"], cells, matrix, name)
     check_expectations(card, obs, len(var), name)
     obsm = {}
@@ -150,7 +189,7 @@ def _select(
     if matrix is not None and set(computed) & set(wanted):
         table = table.assign(**_count(matrix, computed))
     check_values(name, clauses, lambda column: _values(table[column]))
-    rows = select(table, clauses, name)
+    rows = select(table, [widen(clause, lambda column: _values(table[column])) for clause in clauses], name)
     if cells.max_cells is not None and cells.max_cells < len(rows):
         rows = np.sort(np.random.default_rng(cells.seed).choice(rows, cells.max_cells, replace=False))
     names = _read(group[index_name])
@@ -192,7 +231,7 @@ def _counts(file: h5py.File, cells: H5adCells, where: str) -> tuple[MatrixOnDisk
     return MatrixOnDisk(matrix), _read(holder["var"])
 
 
-def _genes(table: pd.DataFrame, cells: H5adCells, name: str) -> tuple[pd.DataFrame, np.ndarray | None]:
+def _genes(table: pd.DataFrame, cells: H5adCells | MinifiedCells, name: str) -> tuple[pd.DataFrame, np.ndarray | None]:
     """Table of the genes that are kept, and their columns (None for all)."""
     ids = table.index.astype(str) if check_gene_id(str(table.index[0]), cells.organism) is None else None
     if ids is None and "feature_id" in table:
@@ -212,6 +251,24 @@ def _genes(table: pd.DataFrame, cells: H5adCells, name: str) -> tuple[pd.DataFra
         raise ConfigError(f"{name}: cells.genes: {missing[0]!r} is not in the file ({len(missing)} of {len(wanted)})")
     columns = np.flatnonzero(ids.isin(wanted))
     return var.iloc[columns], columns
+
+
+def _named_genes(table: pd.DataFrame, cells: MinifiedCells, name: str, symbols: Mapping[str, str]) -> pd.DataFrame:
+    """The model's genes with the file's own symbols, else with those of the table of symbols, else without.
+
+    Raises
+    ------
+    DataError
+        If a table of symbols names none of the genes.
+    """
+    if not len(table):
+        return pd.DataFrame(index=pd.Index([], name="feature_id", dtype=object))
+    var, _ = _genes(table, cells, name)
+    if "feature_name" in table:
+        return var
+    if symbols and not var.index.isin(symbols).any():
+        raise DataError(f"{name}: cells.symbols: names none of the file's genes, such as {var.index[0]!r}")
+    return var.assign(feature_name=[symbols.get(gene, gene) for gene in var.index]) if symbols else var[[]]
 
 
 def _blocks(matrix: MatrixOnDisk, rows: np.ndarray, columns: np.ndarray | None) -> Iterator[sparse.csr_matrix]:

@@ -247,14 +247,7 @@ def load_model(folder: str | Path, trust_sha256: str | None = None) -> SCVIDecod
 
     folder = Path(folder)
     record = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else {}
-    checkpoint = read_checkpoint(folder, trust_sha256 or record.get("trust_sha256"))
-    registry = checkpoint["attr_dict"].get("registry_")
-    if not isinstance(registry, dict) or "batch" not in registry.get("field_registries", {}):
-        raise DataError(
-            f"{folder / MODEL}: saved by a scvi-tools before 0.15, whose layout is not supported; load it there with "
-            "`SCVI.convert_legacy_save` and save it anew"
-        )
-    return SCVIDecoder(checkpoint)
+    return SCVIDecoder(read_checkpoint(folder, trust_sha256 or record.get("trust_sha256")))
 
 
 def check_model(folder: str | Path, card: ModelCard, name: str) -> None:
@@ -283,7 +276,7 @@ def check_model_fits(decoder: SCVIDecoder, cells: AnnData, where: str = "cells")
     decoder
         The model.
     cells
-        Cells of `cells.h5ad`; without genes (minified) only batches and the width of the latents are checked.
+        Cells of `cells.h5ad`, with counts or with latents.
     where
         Name of the cells, for messages.
 
@@ -294,25 +287,43 @@ def check_model_fits(decoder: SCVIDecoder, cells: AnnData, where: str = "cells")
         latents are of another width.
     """
     if cells.n_vars:
-        _check_genes(decoder.genes, list(map(str, cells.var_names)), where)
-    elif "qz_mean" not in cells.obsm:
-        raise DataError(f"{where}: has neither genes nor latents (obsm['qz_mean'])")
+        check_genes(decoder.genes, list(map(str, cells.var_names)), where)
+    if cells.X is None and "qz_mean" not in cells.obsm:
+        raise DataError(f"{where}: has neither counts nor latents (obsm['qz_mean'])")
     width = cells.obsm["qz_mean"].shape[1] if "qz_mean" in cells.obsm else decoder.n_latent
     if width != decoder.n_latent:
         raise DataError(f"{where}: latents have {width} dimensions, the model has {decoder.n_latent}; another model's?")
     if "batch" not in cells.obs:
         raise DataError(f"{where}: obs has no column 'batch'; make the cells with `perturbed census query`")
-    counts = cells.obs["batch"].astype(str).value_counts()
+    check_batches(decoder, cells.obs["batch"].astype(str), where)
+
+
+def check_batches(decoder: SCVIDecoder, batch: pd.Series, where: str) -> None:
+    """Refuse cells of batches that were not trained.
+
+    Raises
+    ------
+    DataError
+        How many there are, and one of them.
+    """
+    counts = batch.value_counts()
     unknown = counts[~counts.index.isin(decoder.batches)].sort_index()
     if len(unknown):
         raise DataError(
-            f"{where}: {len(unknown)} of {len(counts)} batches ({int(unknown.sum()):,} of {len(cells):,} cells) were "
+            f"{where}: {len(unknown)} of {len(counts)} batches ({int(unknown.sum()):,} of {len(batch):,} cells) were "
             f"not in the model's training, so its decoder has no weights for them, such as {unknown.index[0]!r}; take "
             "these cells out by cells.obs_filter, or take the model of the cells' release"
         )
 
 
-def _check_genes(model: tuple[str, ...], cells: list[str], where: str) -> None:
+def check_genes(model: tuple[str, ...], cells: list[str], where: str) -> None:
+    """Refuse cells that lack most of a model's genes, and say why: another species, symbols, or too few.
+
+    Raises
+    ------
+    DataError
+        One line.
+    """
     share = len(set(model) & set(cells)) / len(model)
     if share >= MIN_SHARE:
         return

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbed.data.census.cells import add_batch, check_counts, check_expectations, write_cells
-from perturbed.data.census.filters import as_text, check_columns, check_values, describe_empty, join
+from perturbed.data.census.filters import as_text, check_columns, check_values, describe_empty, join, widen
 from perturbed.data.census.remote import attempts_for, open_census, persist
 from perturbed.data.census.spec import BATCH, CensusCard, Clause, QueryCells, SimulationCells, check_gene_id
 from perturbed.data.download import write_problem
@@ -88,15 +88,19 @@ def query_cells(card: CensusCard, name: str, out: str | Path, *, store: str | Pa
         attempts = attempts_for(uri)
         found = persist(lambda: _select(experiment, cells, name), f"{name}: obs", attempts)
         check_expectations(card, found.obs, len(found.var), name)
-        chunks = _Chunks(experiment.ms["RNA"].X["raw"], found, _folder(out), _identity(cells, uri, found), name)
+        summary = _summary(census)
+        _check_build(cells, summary, uri, name)
+        identity = _identity(cells, uri, found, summary)
+        chunks = _Chunks(experiment.ms["RNA"].X["raw"], found, _folder(out), identity, name)
         chunks.read_missing(attempts)
         provenance = {
             "card": name,
             "kind": cells.kind,
             "organism": cells.organism,
             "census_version": cells.census_version,
+            "census_version_is": "found by the client" if uri is None else "claimed by the card",
             "uri": str(uri) if uri is not None else census.uri,
-            "summary": _summary(census),
+            "summary": summary,
             "filter": join(_clauses(cells)),
             "max_cells": cells.max_cells,
             "seed": cells.seed,
@@ -127,6 +131,16 @@ def _summary(census: Any) -> dict[str, str]:
     return {str(k): str(v) for k, v in zip(table["label"], table["value"]) if k in wanted}
 
 
+def _check_build(cells: Cells, summary: dict[str, str], uri: str | None, name: str) -> None:
+    """Refuse a store that was built after the release that the card takes it for; more it does not say of itself."""
+    built = summary.get("census_build_date", "")
+    if uri is not None and built[:10] > cells.census_version:
+        raise ConfigError(
+            f"{name}: cells.census_version: {cells.census_version} is before the store at {uri} was built ({built}); "
+            "name the release that it is a copy of"
+        )
+
+
 def _clauses(cells: Cells) -> list[Clause | str]:
     return [*([PRIMARY] if cells.primary_only else []), *cells.obs_filter]
 
@@ -136,6 +150,7 @@ def _select(experiment: Any, cells: Cells, name: str) -> _Selected:
     valid = [column for column in obs.schema.names if not column.startswith("SOMA_")]
     check_columns(name, cells.columns, clauses, valid)
     check_values(name, clauses, lambda column: _values(obs, column))
+    clauses = [c if isinstance(c, str) else widen(c, lambda column: _values(obs, column)) for c in clauses]
     wanted = dict.fromkeys(["soma_joinid", "is_primary_data", *BATCH, *cells.columns])
     counted = "nnz" in valid
     read = [*wanted, *(["nnz"] if counted and "nnz" not in wanted else [])]
@@ -211,12 +226,13 @@ def _folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.parts")
 
 
-def _identity(cells: Cells, uri: str | None, found: _Selected) -> str:
-    """Hash of everything that the chunks depend on."""
+def _identity(cells: Cells, uri: str | None, found: _Selected, summary: dict[str, str]) -> str:
+    """Hash of everything that the chunks depend on, as far as the store tells it without its counts."""
     joinids = hashlib.sha256(found.cells.astype("<i8").tobytes()).hexdigest()
+    nnz = None if found.nnz is None else hashlib.sha256(found.nnz.astype("<i8").tobytes()).hexdigest()
     genes = None if found.genes is None else found.genes.tolist()
     sizes = [CHUNK_VALUES, CHUNK_CELLS]
-    content = [cells.organism, cells.census_version, uri, joinids, genes, list(found.var.index), sizes]
+    content = [cells.organism, cells.census_version, uri, joinids, nnz, summary, genes, list(found.var.index), sizes]
     return sha256_text(json.dumps(content))[:16]
 
 
@@ -277,8 +293,10 @@ class _Chunks:
         try:
             with np.load(path) as arrays:
                 shape = (span.stop - span.start, len(self.found.var))
-                return sparse.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
-        except (OSError, ValueError, KeyError, BadZipFile, EOFError):
+                block = sparse.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
+            self._compare(span, np.diff(block.indptr))
+            return block
+        except (OSError, ValueError, KeyError, BadZipFile, EOFError, DataError):
             path.unlink(missing_ok=True)
             return None
 
@@ -308,6 +326,12 @@ class _Chunks:
 
     def _compare(self, span: slice, stored: np.ndarray) -> None:
         if self.found.nnz is None:
+            if self.found.genes is None and not stored.all():
+                empty = np.flatnonzero(stored == 0)
+                raise DataError(
+                    f"{self.name}: cell {self.found.cells[span][empty[0]]} has no value in X['raw'] ({len(empty):,} "
+                    "such cells); the store is broken"
+                )
             return
         expected = self.found.nnz[span]
         wrong = stored != expected if self.found.genes is None else stored > expected

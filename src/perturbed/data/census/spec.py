@@ -7,11 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from perturbed.config import Names, Section, find_card
 from perturbed.data.cards import About, RemoteFile
+from perturbed.data.download import Refused, check_address
+from perturbed.pathways.spec import IdTable
 
 Organism = Literal["mus_musculus", "homo_sapiens"]
 GENE_IDS: dict[str, str] = {"mus_musculus": "ENSMUSG", "homo_sapiens": "ENSG"}
@@ -27,6 +30,18 @@ def _check_date(value: str) -> str:
         datetime.date.fromisoformat(value)
     except ValueError:
         raise ValueError(f"{value!r} is no date of the form yyyy-mm-dd") from None
+    return value
+
+
+def _check_uri(value: str | None) -> str | None:
+    parts = urlsplit(value or "")
+    if "@" in parts.netloc or parts.query:  # records and logs show it
+        raise ValueError("give the address without user, password or query")
+    if value is not None and "://" in value and parts.scheme != "s3":
+        try:
+            check_address(value, False)
+        except Refused as error:
+            raise ValueError(f"{error}; give https, s3 or a folder") from None
     return value
 
 
@@ -89,13 +104,14 @@ class QueryCells(_Selection):
     """Whose cells."""
     census_version: Version
     """Date of the release. `stable` and `latest` are refused: they name another release every half year."""
-    uri: str | None = None
-    """A local or mirrored store of that release; leave out for the published one."""
+    uri: Annotated[str | None, AfterValidator(_check_uri)] = None
+    """A local or mirrored store of that release: a folder, or an address with https or s3 and without user or password;
+    leave out for the published one."""
     obs_filter: Annotated[
         tuple[Clause | str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | dict) else v)
     ] = ()
     """Conditions that all must hold: `{column, values}`, or text in the filter language of SOMA, such as
-    `tissue_general == 'pancreas'`."""
+    `tissue_general == 'pancreas'`. Of a cell with several values, `A || B`, each counts in `values`, none in text."""
 
     @model_validator(mode="after")
     def _check_genes(self) -> QueryCells:
@@ -129,6 +145,8 @@ class MinifiedCells(_FileCells):
     """Key of the posterior means in `obsm`."""
     qzv: str = "_scvi_latent_qzv"
     """Key of the posterior variances in `obsm`."""
+    symbols: IdTable | None = None
+    """Table from Ensembl ids to symbols, which gene sets and flows need; for files that name genes by ids only."""
 
 
 class H5adCells(_FileCells):
