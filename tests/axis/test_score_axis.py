@@ -193,9 +193,9 @@ def test_other_axes_find_planted_genes_too(world, tables, tmp_path, axis):
     assert row["axis"] == axis and f"cosine_{axis}" not in row and 0 < row["cosine_means"] < 1
     means = read(tables, "axes").set_index("group").loc[BETA, f"cosine_{axis}"]
     np.testing.assert_allclose(row["cosine_means"], means, rtol=1e-4)
-    found = recovery(tmp_path / "t", "gradient_unperturbed")
-    assert found["low"] > 2 * found["chance"]
-    assert recovery(tmp_path / "t", "gradient_unperturbed", "auroc_direction")["value"] > 0.9
+    assert recovery(tmp_path / "t", "gradient_unperturbed", group="all")["low"] > 0.8
+    assert recovery(tmp_path / "t", "gradient_unperturbed", "auroc_direction", "all")["value"] > 0.95
+    assert recovery(tmp_path / "t", "gradient_unperturbed", "auroc_direction")["low"] > 0.7
 
 
 def test_equal_seeds_are_equal_bytes(world, tmp_path):
