@@ -259,7 +259,8 @@ class Plan:
 
     def products(self) -> list[str]:
         """What a run is for: report, tables and figures. All are asked for, so that a missing one is made again."""
-        figures = [str(Path(svg).with_suffix(kind)) for svg in self.figure_files() for kind in DRAWN]
+        shown = [(Path(file), DRAWN if file.endswith(".svg") else (".html", ".csv")) for file in self.figure_files()]
+        figures = [str(path.with_suffix(kind)) for path, kinds in shown for kind in kinds]
         return [self.result("report.html"), *self.table_folder(), self.result("config.yaml"), *figures]
 
     def table_folder(self) -> list[str]:
