@@ -44,12 +44,18 @@ def test_gradient_is_that_of_all_pairs():
         torch.testing.assert_close(one, other)
 
 
-def test_groups_are_compared_within_themselves():
+@pytest.mark.parametrize("padding", [0, 4])
+def test_groups_are_compared_within_themselves(padding, monkeypatch):
+    monkeypatch.setattr("perturbed.models.nn.mmd.MAX_PADDING", padding)  # 0: all pairs are formed, and masked
     x, y = sample(9), sample(9, seed=1, shift=0.7)
     group = torch.tensor([2, 0, 0, 1, 2, 2, 0, 1, 2])
     parts = [(group == g, int((group == g).sum())) for g in range(3)]
     wanted = sum(n * expanded_mmd(x[rows], y[rows], WIDTHS) for rows, n in parts) / 9
     torch.testing.assert_close(gaussian_mmd(x, y, WIDTHS, group), wanted)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    parts = sum(n * expanded_mmd(x[rows], y[rows], WIDTHS) for rows, n in parts) / 9
+    for found, expected in zip(*(torch.autograd.grad(v, (x, y)) for v in (gaussian_mmd(x, y, WIDTHS, group), parts))):
+        torch.testing.assert_close(found, expected)
     one_group = torch.zeros(9, dtype=torch.long)
     torch.testing.assert_close(gaussian_mmd(x, y, WIDTHS, one_group), gaussian_mmd(x, y, WIDTHS))
     with pytest.raises(ValueError, match="equally many"):

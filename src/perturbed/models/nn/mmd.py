@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_PADDING = 4
+"""Groups are laid side by side where filling them up to one size copies at most this many times the cells; pairs of cells
+of different groups, most of a batch's, are then never formed."""
+
 
 def multiscale_bandwidths(width: float = 1000.0, *, factor: float = 2.0, n_kernels: int = 10) -> tuple[float, ...]:
     """Widths of a family of Gaussian kernels around `width`.
@@ -35,18 +39,19 @@ def pairwise_squared_distances(cells: Tensor) -> Tensor:
     Parameters
     ----------
     cells
-        (n_cells, n_genes). In float32 the error is about 1e-7 times the squared distance from the centre.
+        (..., n_cells, n_genes). In float32 the error is about 1e-7 times the squared distance from the centre.
 
     Returns
     -------
     Tensor
-        (n_cells, n_cells), symmetric up to rounding.
+        (..., n_cells, n_cells), symmetric up to rounding.
     """
     with torch.autocast(cells.device.type, enabled=False):  # in bfloat16 the products would drown in rounding
-        centred = cells - cells.detach().mean(0)
-        inner = centred @ centred.T
-    norms = inner.diagonal()  # the diagonal of the same product, so that nothing is left of a cell's distance to itself
-    return (norms[:, None] + norms[None, :] - 2 * inner).clamp(min=0)
+        centred = cells - cells.detach().mean(-2, keepdim=True)
+        inner = centred @ centred.mT
+    # The diagonal of the same product, so that nothing is left of a cell's distance to itself.
+    norms = inner.diagonal(dim1=-2, dim2=-1)
+    return (norms[..., :, None] + norms[..., None, :] - 2 * inner).clamp(min=0)
 
 
 def gaussian_mmd(x: Tensor, y: Tensor, bandwidths: Sequence[float], group: Tensor | None = None) -> Tensor:
@@ -76,14 +81,40 @@ def gaussian_mmd(x: Tensor, y: Tensor, bandwidths: Sequence[float], group: Tenso
     ValueError
         If a group is given and `x` and `y` differ in length from it.
     """
-    widths = torch.as_tensor(bandwidths, dtype=x.dtype, device=x.device)
-    squared = pairwise_squared_distances(torch.cat([x, y]))
-    kernel = torch.exp(-squared / widths[:, None, None]).sum(0)
+    if group is not None and not len(x) == len(y) == len(group):
+        raise ValueError(f"group: {len(group)} rows for {len(x)} and {len(y)} cells; they must be equally many")
     n = len(x)
     if group is None:
+        kernel = _kernel(torch.cat([x, y]), bandwidths)
         return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
-    if not n == len(y) == len(group):
-        raise ValueError(f"group: {len(group)} rows for {n} and {len(y)} cells; they must be equally many")
-    same = (group[:, None] == group[None, :]).to(kernel.dtype)
-    weight = same / (same.sum(1, keepdim=True) * n)
-    return (weight * (kernel[:n, :n] + kernel[n:, n:] - 2 * kernel[:n, n:])).sum()
+    rows, there = _members(group)
+    if rows.numel() <= MAX_PADDING * n:
+        size = rows.shape[1]
+        kernel = _kernel(torch.cat([x[rows], y[rows]], dim=1), bandwidths)
+        weight = (there[:, :, None] & there[:, None, :]).to(kernel.dtype) / (there.sum(1)[:, None, None] * n)
+    else:
+        size = n
+        kernel = _kernel(torch.cat([x, y]), bandwidths)
+        same = (group[:, None] == group[None, :]).to(kernel.dtype)
+        weight = same / (same.sum(1, keepdim=True) * n)
+    within = kernel[..., :size, :size] + kernel[..., size:, size:] - 2 * kernel[..., :size, size:]
+    return (weight * within).sum()
+
+
+def _kernel(cells: Tensor, bandwidths: Sequence[float]) -> Tensor:
+    """Sum of Gaussian kernels between all rows (..., n_cells, n_cells)."""
+    squared = pairwise_squared_distances(cells)
+    total = torch.exp(-squared / bandwidths[0])
+    for width in bandwidths[1:]:
+        total = total + torch.exp(-squared / width)
+    return total
+
+
+def _members(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of each group (n_groups, most rows of any), filled up with its first, and which of them are its own."""
+    _, which, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    order = torch.argsort(which, stable=True)
+    start = sizes.cumsum(0) - sizes
+    place = torch.arange(int(sizes.max()), device=group.device)
+    there = place[None, :] < sizes[:, None]
+    return order[start[:, None] + torch.where(there, place[None, :], 0)], there
