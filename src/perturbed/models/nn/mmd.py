@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 MAX_PADDING = 4
-"""Groups are laid side by side where filling them up to one size copies at most this many times the cells; pairs of cells
-of different groups, most of a batch's, are then never formed."""
+"""Groups are laid side by side where filling them up to one size copies at most this many times the cells. Pairs across
+groups, most of a batch's, are then never formed."""
 
 
 def multiscale_bandwidths(width: float = 1000.0, *, factor: float = 2.0, n_kernels: int = 10) -> tuple[float, ...]:
