@@ -81,8 +81,8 @@ class _Discrepancy(torch.autograd.Function):
     """`Σ w_xx k(x, x') + Σ w_yy k(y, y') − 2 Σ w_xy k(x, y)` with its gradient in closed form.
 
     With `c = w · k'(‖a − b‖²)` the gradient to x_i is `4 Σ_j c_xx,ij (x_i − x_j) − 4 Σ_j c_xy,ij (x_i − y_j)`: two
-    small products, where autograd through the distances of all rows at once takes four times the work, half of it for y,
-    which is data.
+    small products, where autograd through the distances of all rows at once takes four times the work, half of it for
+    y, which is data.
     Leading dimensions are groups. Distances are `‖a‖² + ‖b‖² − 2 a·b` of centred rows; the centre is a constant, for
     distances do not depend on it. In float32 their error is about 1e-7 times the squared distance from the centre.
     """
