@@ -69,7 +69,8 @@ def gaussian_mmd(x: Tensor, y: Tensor, bandwidths: Sequence[float], group: Tenso
         return _Discrepancy.apply(x, y, widths, ones / n**2, ones / len(y) ** 2, ones / (n * len(y)))
     rows, there = _members(group)
     if rows.numel() <= MAX_PADDING * n:
-        x, y = x[rows], y[rows]
+        # By index_select, whose gradient adds whole rows; that of x[rows] adds value by value.
+        x, y = (cells.index_select(0, rows.flatten()).unflatten(0, rows.shape) for cells in (x, y))
         weight = (there[:, :, None] & there[:, None, :]).to(x.dtype) / (there.sum(1)[:, None, None] * n)
     else:
         same = (group[:, None] == group[None, :]).to(x.dtype)
