@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from scipy import sparse
 
@@ -130,6 +129,8 @@ def carried_weights(order: np.ndarray) -> Iterator[None]:
             return found
 
         return drawn
+
+    import pytest  # the environments of baselines, which plant cells too, have none
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("kaiming_uniform_", "uniform_", "normal_"):
