@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from perturbed.errors import ConfigError, suggest
 
@@ -235,6 +235,21 @@ def check_plain(key: str, name: str) -> None:
     """
     if not re.fullmatch(PLAIN_NAME, name):
         raise ConfigError(f"config: {key}: {name!r} is no usable name; use letters, digits, _ and -")
+
+
+def with_group(group: str) -> AfterValidator:
+    """Validator of a regular expression that must have a group of this name."""
+
+    def check(pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+        if group not in groups:
+            raise ValueError(f"{pattern!r} has no group called {group}; write (?P<{group}>…)")
+        return pattern
+
+    return AfterValidator(check)
 
 
 def find_card(model: type[Model], what: str, name: str, folders: Sequence[str | Path]) -> Model:

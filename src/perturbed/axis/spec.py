@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from perturbed.config import Names, Section
+from perturbed.config import Names, Section, with_group
 from perturbed.gradients.spec import CellGroup
 from perturbed.pathways.judge_spec import JudgeSpec
 from perturbed.pathways.spec import EnrichmentSpec
@@ -50,19 +50,8 @@ class StudyPattern(Section):
 
     column: str
     """Column of the names, such as `donor_id`."""
-    pattern: str
+    pattern: Annotated[str, with_group("study")]
     """Regular expression that matches the whole of every name, with a group `study`: `(?P<study>…)`."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: str) -> str:
-        try:
-            groups = re.compile(pattern).groupindex
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-        if "study" not in groups:
-            raise ValueError(f"{pattern!r} has no group called study; write (?P<study>…)")
-        return pattern
 
 
 class AxisCase(Section):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from perturbed.config import Names, Section, find_card
+from perturbed.config import Names, Section, find_card, with_group
 from perturbed.data.cards import RemoteFile
 
 Background = Literal["model", "genome"]
@@ -74,16 +73,6 @@ class IdTable(Section):
         return self
 
 
-def _check_name_pattern(pattern: str) -> str:
-    try:
-        groups = re.compile(pattern).groupindex
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-    if "name" not in groups:
-        raise ValueError(f"{pattern!r} has no group called name; write (?P<name>…)")
-    return pattern
-
-
 class GeneSetAbout(Section):
     """What a reader of the report should know of a library."""
 
@@ -105,7 +94,7 @@ class GeneSetCard(Section):
     """The organism whose genes these are, such as `mouse`."""
     date: str = ""
     """Date or version of the library, for the report."""
-    name_pattern: Annotated[str, AfterValidator(_check_name_pattern)] | None = None
+    name_pattern: Annotated[str, with_group("name")] | None = None
     """Regular expression that matches the whole of a set's name, with a group `name` (what is shown) and perhaps `id`
     (kept as description, and appended where two sets share a name). Leave out to keep names as they are."""
     map: IdTable | None = None
